@@ -1,0 +1,11 @@
+"""Involution (CVPR 2021): the operator, the layer and the networks made of it.
+
+``import timm`` together with ``import involution``, in either order, and ``timm.create_model("rednet50")`` works.
+"""
+
+from involution.layers import Involution2d
+from involution.models import create_model
+from involution.ops import involution2d
+
+__version__ = "0.1.0"
+__all__ = ["Involution2d", "__version__", "create_model", "involution2d"]

@@ -1,0 +1,81 @@
+"""Kernel generation: the functions phi that make an involution kernel out of the pixel it is for (Eqn. 5 and 6).
+
+Shapes:  x (B, C, H, W)  ->  kernels (B, G*K*K, Ho, Wo) with Ho = ceil(H / stride), Wo = ceil(W / stride)
+Channel g*K*K + u*K + v of the output is row u, column v of group g's kernel, as in the released checkpoints.
+
+Both functions end in a 1x1 convolution, ``span``. What comes before it is ``hidden``, so that a layer can hand the two
+to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
+"""
+
+from torch import Tensor, nn
+
+
+def stride_pool(stride: int) -> nn.Module:
+    """The pooling that brings a generator's input to the output's resolution: AvgPool_s, rounding up.
+
+    The released code rounds down and then reads out of bounds when the size is odd. Rounding up gives ceil(H / stride),
+    the size of the strided windows; a cell that sticks out at the border averages its real pixels only (they are not
+    diluted by padding), and on sizes that the stride divides nothing changes.
+    """
+    if stride == 1:
+        return nn.Identity()
+    return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+class BottleneckGeneration(nn.Module):
+    """Eqn. 6: kernels = W1 sigma(W0 x), W0: C -> C/r without bias, sigma = ReLU(BatchNorm), W1: C/r -> G*K*K with bias.
+
+    Nothing follows W1: a softmax or a sigmoid there costs more than 1 % top-1 (Section 5.2).
+    """
+
+    def __init__(self, channels: int, span_channels: int, stride: int, reduction_ratio: int) -> None:
+        super().__init__()
+        reduced = channels // reduction_ratio
+        self.pool = stride_pool(stride)
+        self.reduce = nn.Conv2d(channels, reduced, 1, bias=False)
+        self.norm = nn.BatchNorm2d(reduced)
+        self.act = nn.ReLU(inplace=True)
+        self.span = nn.Conv2d(reduced, span_channels, 1)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C/r, Ho, Wo): all of phi before its last convolution."""
+        return self.act(self.norm(self.reduce(self.pool(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.span(self.hidden(x))
+
+
+class LinearGeneration(nn.Module):
+    """Table 6c's single linear map W: C -> G*K*K (with bias)."""
+
+    def __init__(self, channels: int, span_channels: int, stride: int) -> None:
+        super().__init__()
+        self.pool = stride_pool(stride)
+        self.span = nn.Conv2d(channels, span_channels, 1)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, Ho, Wo)."""
+        return self.pool(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.span(self.hidden(x))
+
+
+def build_kernel_generation(
+    name: str, channels: int, span_channels: int, stride: int, reduction_ratio: int
+) -> nn.Module:
+    """The generator called ``name``; ``reduction_ratio`` matters to "bottleneck" only."""
+    if name == "bottleneck":
+        return BottleneckGeneration(channels, span_channels, stride, reduction_ratio)
+    if name == "linear":
+        return LinearGeneration(channels, span_channels, stride)
+    raise ValueError(f'kernel_generation is {name!r}; it should be "bottleneck" or "linear"')
+
+
+def is_factored(generation: nn.Module) -> bool:
+    """Whether ``generation(x) == generation.span(generation.hidden(x))`` with a 1x1 convolution ``span``."""
+    span = getattr(generation, "span", None)
+    return hasattr(generation, "hidden") and isinstance(span, nn.Conv2d) and span.kernel_size == (1, 1)
+
+
+__all__ = ["BottleneckGeneration", "LinearGeneration", "build_kernel_generation", "is_factored", "stride_pool"]

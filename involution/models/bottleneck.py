@@ -1,0 +1,130 @@
+"""What RedNet and ResNet share: a residual network of bottlenecks, open in its stem and in the spatial layer of a block.
+
+Resolution of an H x W image:  stem H/2 -> max pool H/4 -> layer1 H/4 -> layer2 H/8 -> layer3 H/16 -> layer4 H/32
+Channels after them:                64             64             256          512          1024         2048
+"""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+EXPANSION = 4
+STAGE_WIDTHS = (64, 128, 256, 512)
+
+#: (channels, stride, dilation) -> the layer between a block's two 1x1 convolutions
+SpatialLayer = Callable[[int, int, int], nn.Module]
+
+
+class ConvolutionStem(nn.Module):
+    """ResNet's stem: one large convolution of stride 2, C -> 64."""
+
+    def __init__(self, in_chans: int, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chans, STAGE_WIDTHS[0], kernel_size, 2, kernel_size // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.bn1(self.conv1(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1 convolution down to ``width``, the spatial layer with the stride, 1x1 convolution up to 4 * ``width``."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, spatial: SpatialLayer) -> None:
+        super().__init__()
+        out_channels = width * EXPANSION
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = spatial(width, stride, dilation)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + self.downsample(x))
+
+
+class BottleneckNetwork(nn.Module):
+    """Stem, max pooling, four stages of bottlenecks, average pooling, linear classifier.
+
+    Args:
+        stem: maps images to 64 channels at half their resolution.
+        spatial: makes the spatial layer of every block.
+        depths: blocks of the four stages.
+        num_classes: 0 for no classifier (the pooled features come out).
+        output_stride: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate instead.
+        zero_init_residual: start the last BatchNorm of every residual branch at 0, so that each block is the identity
+            at first. The released configuration does so; the paper's text does not say.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        spatial: SpatialLayer,
+        depths: Sequence[int],
+        num_classes: int = 1000,
+        output_stride: int = 32,
+        zero_init_residual: bool = True,
+    ) -> None:
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride is {output_stride!r}; it should be 8, 16 or 32")
+        self.stem = stem
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        in_channels, net_stride, dilation = STAGE_WIDTHS[0], 4, 1
+        for i, (width, depth) in enumerate(zip(STAGE_WIDTHS, depths, strict=True)):
+            stride, first_dilation = (1 if i == 0 else 2), dilation
+            if net_stride * stride > output_stride:
+                stride, dilation = 1, dilation * stride
+            net_stride *= stride
+            blocks = [Bottleneck(in_channels, width, stride, first_dilation, spatial)]
+            in_channels = width * EXPANSION
+            blocks += [Bottleneck(in_channels, width, 1, dilation, spatial) for _ in range(depth - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+        self.num_features = in_channels
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.reset_classifier(num_classes)
+        self._init_weights(zero_init_residual)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the classifier by a fresh one for ``num_classes``; 0 removes it."""
+        if not isinstance(num_classes, int) or num_classes < 0:
+            raise ValueError(f"num_classes is {num_classes!r}; it should be an integer of at least 0")
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        if isinstance(self.fc, nn.Linear):
+            nn.init.normal_(self.fc.weight, std=0.01)
+            nn.init.zeros_(self.fc.bias)
+
+    def _init_weights(self, zero_init_residual: bool) -> None:
+        """As the released code: Kaiming normal (fan out) for every convolution, those of the generators included."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Bottleneck) and zero_init_residual:
+                nn.init.zeros_(module.bn3.weight)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) -> features (B, 2048, H/32, W/32), sizes rounded up at every halving."""
+        x = self.maxpool(self.stem(x))
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features (B, 2048, H, W) -> logits (B, num_classes); with ``pre_logits`` the pooled features (B, 2048)."""
+        x = self.avgpool(x).flatten(1)
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))

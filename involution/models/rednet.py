@@ -1,0 +1,105 @@
+"""RedNet: ResNet's bottlenecks with the 3x3 convolution replaced by a 7x7 involution (Section 3.2).
+
+RedNet-26/38/50/101/152 have 9.233 / 12.387 / 15.541 / 25.653 / 33.985 M parameters with 1000 classes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from involution.layers import Involution2d
+from involution.models.bottleneck import STAGE_WIDTHS, BottleneckNetwork, ConvolutionStem
+
+
+class InvolutionStem(nn.Module):
+    """The stem as a bottleneck: 3x3 convolution of stride 2 to 32 channels, involution, 3x3 convolution to 64."""
+
+    def __init__(self, in_chans: int, kernel_size: int, involution: dict[str, Any]) -> None:
+        super().__init__()
+        width = STAGE_WIDTHS[0] // 2
+        self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = Involution2d(width, kernel_size, **involution)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, STAGE_WIDTHS[0], 3, 1, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(STAGE_WIDTHS[0])
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.relu(self.bn3(self.conv3(x)))
+
+
+class RedNet(BottleneckNetwork):
+    """RedNet with ``depths`` blocks in its four stages.
+
+    Args:
+        num_classes: 0 for no classifier.
+        in_chans: channels of the images.
+        kernel_size: of the trunk's involutions (Table 6a).
+        group_channels: channels that share a kernel, in trunk and stem; None for all (Table 6b).
+        reduction_ratio: of the kernel generation, in trunk and stem (Table 6c).
+        kernel_generation: "bottleneck" or "linear", in trunk and stem (Table 6c).
+        stem: "involution" (default) or "convolution", a single one of stride 2 (Table 6's ablations).
+        stem_kernel_size: of the stem's involution (default 3; the paper takes 7 for dense prediction) or convolution
+            (default 7).
+        output_stride, zero_init_residual: see ``BottleneckNetwork``.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        kernel_size: int = 7,
+        group_channels: int | None = 16,
+        reduction_ratio: int = 4,
+        kernel_generation: str = "bottleneck",
+        stem: str = "involution",
+        stem_kernel_size: int | None = None,
+        output_stride: int = 32,
+        zero_init_residual: bool = True,
+    ) -> None:
+        involution: dict[str, Any] = {
+            "group_channels": group_channels,
+            "reduction_ratio": reduction_ratio,
+            "kernel_generation": kernel_generation,
+        }
+
+        def spatial(channels: int, stride: int, dilation: int) -> nn.Module:
+            return Involution2d(channels, kernel_size, stride, dilation, **involution)
+
+        if stem == "involution":
+            stem_module: nn.Module = InvolutionStem(in_chans, stem_kernel_size or 3, involution)
+        elif stem == "convolution":
+            stem_module = ConvolutionStem(in_chans, stem_kernel_size or 7)
+        else:
+            raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
+        super().__init__(stem_module, spatial, depths, num_classes, output_stride, zero_init_residual)
+
+
+def rednet26(**options: Any) -> RedNet:
+    """RedNet-26: 9.2 M parameters, 1.7 G FLOPs, 75.9 % top-1 in the paper."""
+    return RedNet((1, 2, 4, 1), **options)
+
+
+def rednet38(**options: Any) -> RedNet:
+    """RedNet-38: 12.4 M parameters, 2.2 G FLOPs, 77.6 % top-1 in the paper."""
+    return RedNet((2, 3, 5, 2), **options)
+
+
+def rednet50(**options: Any) -> RedNet:
+    """RedNet-50: 15.5 M parameters, 2.7 G FLOPs, 78.4 % top-1 in the paper."""
+    return RedNet((3, 4, 6, 3), **options)
+
+
+def rednet101(**options: Any) -> RedNet:
+    """RedNet-101: 25.7 M parameters, 4.7 G FLOPs, 79.1 % top-1 in the paper."""
+    return RedNet((3, 4, 23, 3), **options)
+
+
+def rednet152(**options: Any) -> RedNet:
+    """RedNet-152: 34.0 M parameters, 6.8 G FLOPs, 79.3 % top-1 in the paper."""
+    return RedNet((3, 8, 36, 3), **options)

@@ -1,0 +1,53 @@
+"""ResNet with bottlenecks, the baseline of Table 1: the stride sits on the 3x3 convolution, as in torchvision's.
+
+ResNet-50 has torchvision's parameters under torchvision's names, but for the stem's prefix ``stem.``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from involution.models.bottleneck import BottleneckNetwork, ConvolutionStem
+
+
+class ResNet(BottleneckNetwork):
+    """ResNet with ``depths`` bottlenecks in its four stages; arguments as in ``BottleneckNetwork``."""
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        zero_init_residual: bool = True,
+    ) -> None:
+        def spatial(channels: int, stride: int, dilation: int) -> nn.Module:
+            return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
+
+        super().__init__(ConvolutionStem(in_chans), spatial, depths, num_classes, output_stride, zero_init_residual)
+
+
+def resnet26(**options: Any) -> ResNet:
+    """ResNet-26: 13.7 M parameters, 2.4 G FLOPs, 73.6 % top-1 in the paper."""
+    return ResNet((1, 2, 4, 1), **options)
+
+
+def resnet38(**options: Any) -> ResNet:
+    """ResNet-38: 19.6 M parameters, 3.2 G FLOPs, 76.0 % top-1 in the paper."""
+    return ResNet((2, 3, 5, 2), **options)
+
+
+def resnet50(**options: Any) -> ResNet:
+    """ResNet-50: 25.6 M parameters, 4.1 G FLOPs, 76.8 % top-1 in the paper."""
+    return ResNet((3, 4, 6, 3), **options)
+
+
+def resnet101(**options: Any) -> ResNet:
+    """ResNet-101: 44.5 M parameters, 7.9 G FLOPs, 78.5 % top-1 in the paper."""
+    return ResNet((3, 4, 23, 3), **options)
+
+
+def resnet152(**options: Any) -> ResNet:
+    """ResNet-152: 60.2 M parameters, 11.6 G FLOPs, 79.3 % top-1 in the paper."""
+    return ResNet((3, 8, 36, 3), **options)
