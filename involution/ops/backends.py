@@ -1,0 +1,51 @@
+"""Which implementation runs: capability predicates, then the choice, with the reason in the debug log.
+
+`INVOLUTION_BACKEND` (reference, shifted, cpu, triton) forces one and makes it an error if that one cannot run.
+"""
+
+import importlib
+import logging
+import os
+from types import ModuleType
+
+from torch import Tensor
+
+logger = logging.getLogger("involution.ops")
+
+_MODULES = {"reference": "reference", "shifted": "shifted", "cpu": "cpu", "triton": "triton_backend"}
+_PREFERRED = {"cpu": "cpu", "cuda": "triton"}
+_reported: set[tuple[str, str]] = set()
+
+
+def _load(name: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{_MODULES[name]}")
+
+
+def _report(name: str, reason: str) -> None:
+    if (name, reason) not in _reported:
+        _reported.add((name, reason))
+        logger.debug("backend %s: %s", name, reason)
+
+
+def choose(input: Tensor, kernel: Tensor) -> ModuleType:
+    """The backend module for these tensors; `kernel` is any second operand of the same type and device.
+
+    Raises:
+        ValueError: INVOLUTION_BACKEND names no backend, or one that cannot run on these tensors.
+    """
+    forced = os.environ.get("INVOLUTION_BACKEND")
+    if forced and forced not in _MODULES:
+        raise ValueError(f"INVOLUTION_BACKEND is {forced!r}; it should be one of {', '.join(_MODULES)}")
+    name = forced or _PREFERRED.get(input.device.type, "shifted")
+    try:
+        backend = _load(name)
+        reason = backend.unsupported(input, kernel)
+    except ImportError as error:
+        backend, reason = None, f"it cannot be imported ({error})"
+    if backend is not None and reason is None:
+        _report(name, "forced by INVOLUTION_BACKEND" if forced else f"the fast one on {input.device.type}")
+        return backend
+    if forced:
+        raise ValueError(f"INVOLUTION_BACKEND={forced} cannot run here: {reason}; unset it to choose automatically")
+    _report("shifted", f"{name} cannot run: {reason}")
+    return _load("shifted")

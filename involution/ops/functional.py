@@ -1,0 +1,142 @@
+"""`involution2d` and `span_involution2d`: the checks in front of the registered operators.
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels of the
+kernel generator.
+"""
+
+import torch
+from torch import Tensor
+
+from . import registration  # noqa: F401  (defines torch.ops.involution)
+from .shapes import output_hw
+
+
+def involution2d(
+    input: Tensor, kernel: Tensor, *, stride: int = 1, padding: int | None = None, dilation: int = 1
+) -> Tensor:
+    """Involution (Eqn. 4): every output pixel has its own K x K kernel, which the C/G channels of a group share.
+
+    Args:
+        input: (B, C, H, W), floating point, any memory format.
+        kernel: (B, G, K, K, Ho, Wo) of the same type (under autocast any), C divisible by G, K odd.
+        stride: step between windows; Ho = ceil(H / stride) with the default padding.
+        padding: zeros on each side; None means dilation * (K - 1) // 2.
+        dilation: distance between the taps of a window.
+
+    Returns:
+        (B, C, Ho, Wo) in the type and memory format of `input`, added up in float32 at least.
+
+    Raises:
+        ValueError: a shape, type, device or option does not fit.
+    """
+    if kernel.dim() != 6 or kernel.shape[2] != kernel.shape[3]:
+        raise ValueError(f"kernel has shape {tuple(kernel.shape)}; it should be (B, G, K, K, Ho, Wo)")
+    padding = _check_options(input, kernel.shape[2], stride, padding, dilation)
+    _check_kernel(input, kernel, stride, padding, dilation)
+    _check_same("kernel", kernel, input)
+    return torch.ops.involution.involution2d(input, kernel, stride, padding, dilation)
+
+
+def span_involution2d(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    dilation: int = 1,
+) -> Tensor:
+    """Involution with the kernels weight @ reduced + bias, which are made tile by tile and never stored (Eqn. 6).
+
+    Args:
+        input: (B, C, H, W), floating point, any memory format.
+        reduced: (B, R, Ho, Wo), the hidden tensor of the kernel generator.
+        weight: (G*K*K, R, 1, 1), the 1x1 "span" convolution; rows ordered group, kernel row, kernel column.
+        bias: (G*K*K,) or None.
+        kernel_size: K, odd.
+        stride, padding, dilation: as in `involution2d`.
+
+    Returns:
+        (B, C, Ho, Wo), equal to `involution2d(input, conv1x1(reduced).view(B, G, K, K, Ho, Wo))` but for rounding.
+
+    Raises:
+        ValueError: a shape, type, device or option does not fit.
+    """
+    padding = _check_options(input, kernel_size, stride, padding, dilation)
+    _check_span(input, reduced, weight, bias, kernel_size)
+    height, width = output_hw(input, kernel_size, stride, padding, dilation)
+    if reduced.shape[0] != input.shape[0] or tuple(reduced.shape[2:]) != (height, width):
+        raise ValueError(
+            f"reduced has shape {tuple(reduced.shape)}; for input {tuple(input.shape)} it should be "
+            f"({input.shape[0]}, R, {height}, {width})"
+        )
+    return torch.ops.involution.span_involution2d(
+        input, reduced, weight, bias, kernel_size, stride, padding, dilation
+    )
+
+
+def _check_options(input: Tensor, kernel_size: int, stride: int, padding: int | None, dilation: int) -> int:
+    """Checks what both operators share; returns the padding as a number."""
+    if input.dim() != 4:
+        raise ValueError(f"input has shape {tuple(input.shape)}; it should be (B, C, H, W)")
+    if not input.is_floating_point():
+        raise ValueError(f"input is {input.dtype}; it should be a floating-point tensor")
+    if kernel_size % 2 == 0 or kernel_size < 1:
+        raise ValueError(f"the kernel size is {kernel_size}; it should be odd and positive, so that it has a centre")
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it should be at least 1")
+    if padding is None:
+        padding = dilation * (kernel_size - 1) // 2
+    if padding < 0:
+        raise ValueError(f"padding is {padding}; it should be 0 or more")
+    if min(output_hw(input, kernel_size, stride, padding, dilation)) < 1:
+        raise ValueError(
+            f"input {tuple(input.shape)} is smaller than one window of kernel size {kernel_size}, dilation {dilation}; "
+            f"it needs more padding than {padding}"
+        )
+    return padding
+
+
+def _check_kernel(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> None:
+    groups, size = kernel.shape[1], kernel.shape[2]
+    if groups < 1 or input.shape[1] % groups != 0:
+        raise ValueError(
+            f"kernel has G = {groups} groups; G should divide the C = {input.shape[1]} channels of input"
+        )
+    expected = (input.shape[0], groups, size, size, *output_hw(input, size, stride, padding, dilation))
+    if tuple(kernel.shape) != expected:
+        raise ValueError(
+            f"kernel has shape {tuple(kernel.shape)}; for input {tuple(input.shape)}, stride {stride}, padding "
+            f"{padding}, dilation {dilation} it should be {expected}"
+        )
+
+
+def _check_span(input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int) -> None:
+    taps = kernel_size * kernel_size
+    if reduced.dim() != 4:
+        raise ValueError(f"reduced has shape {tuple(reduced.shape)}; it should be (B, R, Ho, Wo)")
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (reduced.shape[1], 1, 1) or weight.shape[0] % taps != 0:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}; it should be (G*{taps}, {reduced.shape[1]}, 1, 1) for kernel size "
+            f"{kernel_size} and reduced {tuple(reduced.shape)}"
+        )
+    groups = weight.shape[0] // taps
+    if groups < 1 or input.shape[1] % groups != 0:
+        raise ValueError(
+            f"weight makes G = {groups} groups of kernels; G should divide the C = {input.shape[1]} channels of input"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it should be ({weight.shape[0]},), one a row of weight")
+    for name, tensor in (("reduced", reduced), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            _check_same(name, tensor, input)
+
+
+def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {input.device}, where input is")
+    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        raise ValueError(f"{name} is {tensor.dtype}; it should be {input.dtype}, as input is (or use autocast)")

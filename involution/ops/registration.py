@@ -1,0 +1,249 @@
+"""torch.library registration: the operators `involution::*` with fake kernels, autograd, autocast and FLOP formulas.
+
+The forward operators save their inputs only; the fused one makes its kernels again in the backward, never storing them.
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import backends, composed
+from .shapes import empty_kernel, empty_output, layout, output_hw
+
+_OPERATORS = ("involution2d", "span_involution2d")
+
+
+def _nothing(like: Tensor) -> Tensor:
+    """Stands for a gradient nobody asked for (an operator's schema has no optional results)."""
+    return like.new_empty(0)
+
+
+def _placed(result: Tensor | None, like: Tensor) -> Tensor:
+    """`result` in the memory format of `like`, as the fake kernels promise; a copy only if a backend chose another."""
+    return _nothing(like) if result is None else result.contiguous(memory_format=layout(like))
+
+
+# ---- involution2d ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("involution::involution2d", mutates_args=())
+def _forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    if input.numel() == 0:
+        return _forward_fake(input, kernel, stride, padding, dilation)
+    out = backends.choose(input, kernel).forward(input, kernel, stride, padding, dilation)
+    return _placed(out, input)
+
+
+@_forward.register_fake
+def _forward_fake(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    return empty_output(input, input.shape[1], *output_hw(input, kernel.shape[2], stride, padding, dilation))
+
+
+@torch.library.custom_op("involution::involution2d_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    needs_input: bool,
+    needs_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    args = (grad, input, kernel, stride, padding, dilation, needs_input, needs_kernel)
+    if input.numel() == 0:
+        return _backward_fake(*args)
+    grad_input, grad_kernel = backends.choose(input, kernel).backward(*args)
+    if grad_kernel is None:
+        return _placed(grad_input, input), _nothing(kernel)
+    promised = empty_kernel(kernel, "meta").stride()
+    if grad_kernel.stride() != promised:
+        grad_kernel = empty_kernel(kernel).copy_(grad_kernel)
+    return _placed(grad_input, input), grad_kernel
+
+
+@_backward.register_fake
+def _backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    needs_input: bool,
+    needs_kernel: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_input = empty_output(input, *input.shape[1:]) if needs_input else _nothing(input)
+    return grad_input, empty_kernel(kernel) if needs_kernel else _nothing(kernel)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.options = inputs[2:]
+
+
+def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    input, kernel = ctx.saved_tensors
+    needs = ctx.needs_input_grad[:2]
+    grads = torch.ops.involution.involution2d_backward(grad, input, kernel, *ctx.options, *needs)
+    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None)
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+# ---- span_involution2d -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("involution::span_involution2d", mutates_args=())
+def _span(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    args = (input, reduced, weight, bias, kernel_size, stride, padding, dilation)
+    if input.numel() == 0:
+        return _span_fake(*args)
+    backend = backends.choose(input, weight)
+    if hasattr(backend, "span_forward"):
+        return _placed(backend.span_forward(*args), input)
+    return _placed(composed.span_forward(backend, *args), input)
+
+
+@_span.register_fake
+def _span_fake(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    return empty_output(input, input.shape[1], *output_hw(input, kernel_size, stride, padding, dilation))
+
+
+@torch.library.custom_op("involution::span_involution2d_backward", mutates_args=())
+def _span_backward(
+    grad: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = (grad, input, reduced, weight, bias, kernel_size, stride, padding, dilation)
+    if input.numel() == 0:
+        return tuple(t.zero_() for t in _span_backward_fake(*args))  # type: ignore[return-value]
+    backend = backends.choose(input, weight)
+    if hasattr(backend, "span_backward"):
+        grads = backend.span_backward(*args)
+    else:
+        grads = composed.span_backward(backend, *args)
+    grad_weight = grads[2].reshape(weight.shape).contiguous()
+    grad_bias = _nothing(weight) if bias is None else grads[3]
+    return _placed(grads[0], input), _placed(grads[1], reduced), grad_weight, grad_bias
+
+
+@_span_backward.register_fake
+def _span_backward_fake(
+    grad: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_input, grad_reduced = empty_output(input, *input.shape[1:]), empty_output(reduced, *reduced.shape[1:])
+    grad_bias = _nothing(weight) if bias is None else torch.empty_like(bias)
+    return grad_input, grad_reduced, weight.new_empty(weight.shape), grad_bias
+
+
+def _span_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options = inputs[4:]
+
+
+def _span_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.involution.span_involution2d_backward(grad, *ctx.saved_tensors, *ctx.options)
+    needed = (g if needs else None for g, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
+    return (*needed, None, None, None, None)
+
+
+_span.register_autograd(_span_differentiate, setup_context=_span_save)
+
+# ---- autocast: the floating-point operands take the autocast type, as those of a convolution do ------------------------
+
+
+def _register_autocast(library: torch.library.Library, name: str, device: str) -> None:
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    operator = getattr(torch.ops.involution, name).default
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def cast(value: Any) -> Any:
+        castable = isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64
+        return value.to(torch.get_autocast_dtype(device)) if castable else value
+
+    def autocast(*args: Any) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return operator(*(cast(arg) for arg in args))
+
+    library.impl(name, autocast, key)
+
+
+_library = torch.library.Library("involution", "FRAGMENT")
+for _name in _OPERATORS:
+    for _device in ("cpu", "cuda"):
+        _register_autocast(_library, _name, _device)
+
+# ---- FLOP formulas: two a multiply-add, recomputation in the backward counted as the work it is --------------------------
+
+
+def _window_flops(input_shape: Any, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    input = torch.empty(input_shape, device="meta")
+    height, width = output_hw(input, kernel_size, stride, padding, dilation)
+    return 2 * input.shape[0] * input.shape[1] * kernel_size**2 * height * width
+
+
+def _span_flops(reduced_shape: Any, weight_shape: Any) -> int:
+    batch, hidden, height, width = reduced_shape
+    return int(2 * batch * hidden * height * width * weight_shape[0])
+
+
+@register_flop_formula(torch.ops.involution.involution2d)
+def _flops(input: Any, kernel: Any, stride: int, padding: int, dilation: int, **_: Any) -> int:
+    return _window_flops(input, kernel[2], stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.involution.involution2d_backward)
+def _backward_flops(
+    grad: Any, input: Any, kernel: Any, stride: int, padding: int, dilation: int, x: bool, k: bool, **_: Any
+) -> int:
+    return (int(x) + int(k)) * _window_flops(input, kernel[2], stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.involution.span_involution2d)
+def _fused_flops(input: Any, reduced: Any, weight: Any, bias: Any, size: int, *options: int, **_: Any) -> int:
+    return _window_flops(input, size, *options) + _span_flops(reduced, weight)
+
+
+@register_flop_formula(torch.ops.involution.span_involution2d_backward)
+def _fused_backward_flops(
+    grad: Any, input: Any, reduced: Any, weight: Any, bias: Any, size: int, *options: int, **_: Any
+) -> int:
+    return 2 * _window_flops(input, size, *options) + 3 * _span_flops(reduced, weight)
