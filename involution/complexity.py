@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from involution.kernel_generation import is_factored
+from involution.kernel_generation import SpanGeneration
 from involution.layers import Involution2d
 
 ELEMENTWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -65,9 +65,8 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) ->
     """Count what ``model`` (on any device, in any mode; it is left unchanged) costs for one image (C, H, W)."""
     result = Complexity(input_size)
     hooks, modes = [], {module: module.training for module in model.modules()}
-    inside = {
-        m.kernel_generation.span for m in modes if isinstance(m, Involution2d) and is_factored(m.kernel_generation)
-    }
+    generations = [m.kernel_generation for m in modes if isinstance(m, Involution2d)]
+    inside = {g.span for g in generations if isinstance(g, SpanGeneration)}  # run by the operator, not called
     whole = [(type(model).__name__, model)]
     for name, child in whole if isinstance(model, COUNTED) else model.named_children():
         part = Part(name, sum(p.numel() for p in child.parameters()))
@@ -119,7 +118,7 @@ def _cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
 def _involution_cost(module: Involution2d, output: Tensor) -> tuple[int, int]:
     """The weighted sums, and the last convolution of the generator, which the fused operator does inside itself."""
     macs = output.numel() * module.kernel_size**2
-    if not is_factored(module.kernel_generation):
+    if not isinstance(module.kernel_generation, SpanGeneration):
         return macs, 0
     span = module.kernel_generation.span
     pixels = output.numel() // module.channels

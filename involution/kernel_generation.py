@@ -22,7 +22,20 @@ def stride_pool(stride: int) -> nn.Module:
     return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
 
 
-class BottleneckGeneration(nn.Module):
+class SpanGeneration(nn.Module):
+    """A generator that ends in a 1x1 convolution: kernels = span(hidden(x))."""
+
+    span: nn.Conv2d
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, R, Ho, Wo): everything before the last convolution."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.span(self.hidden(x))
+
+
+class BottleneckGeneration(SpanGeneration):
     """Eqn. 6: kernels = W1 sigma(W0 x), W0: C -> C/r without bias, sigma = ReLU(BatchNorm), W1: C/r -> G*K*K with bias.
 
     Nothing follows W1: a softmax or a sigmoid there costs more than 1 % top-1 (Section 5.2).
@@ -38,14 +51,10 @@ class BottleneckGeneration(nn.Module):
         self.span = nn.Conv2d(reduced, span_channels, 1)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C/r, Ho, Wo): all of phi before its last convolution."""
         return self.act(self.norm(self.reduce(self.pool(x))))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.span(self.hidden(x))
 
-
-class LinearGeneration(nn.Module):
+class LinearGeneration(SpanGeneration):
     """Table 6c's single linear map W: C -> G*K*K (with bias)."""
 
     def __init__(self, channels: int, span_channels: int, stride: int) -> None:
@@ -54,11 +63,7 @@ class LinearGeneration(nn.Module):
         self.span = nn.Conv2d(channels, span_channels, 1)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo)."""
         return self.pool(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.span(self.hidden(x))
 
 
 def build_kernel_generation(
@@ -72,10 +77,4 @@ def build_kernel_generation(
     raise ValueError(f'kernel_generation is {name!r}; it should be "bottleneck" or "linear"')
 
 
-def is_factored(generation: nn.Module) -> bool:
-    """Whether ``generation(x) == generation.span(generation.hidden(x))`` with a 1x1 convolution ``span``."""
-    span = getattr(generation, "span", None)
-    return hasattr(generation, "hidden") and isinstance(span, nn.Conv2d) and span.kernel_size == (1, 1)
-
-
-__all__ = ["BottleneckGeneration", "LinearGeneration", "build_kernel_generation", "is_factored", "stride_pool"]
+__all__ = ["BottleneckGeneration", "LinearGeneration", "SpanGeneration", "build_kernel_generation", "stride_pool"]

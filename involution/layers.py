@@ -1,14 +1,14 @@
-"""Involution2d: kernel generation and the involution operator as one layer, a drop-in for a K x K convolution C -> C."""
+"""Involution2d: kernel generation and operator as one layer, a drop-in for a K x K convolution C -> C."""
 
 from torch import Tensor, nn
 
-from involution.kernel_generation import build_kernel_generation, is_factored
+from involution.checks import check_odd, check_positive
+from involution.kernel_generation import SpanGeneration, build_kernel_generation
 from involution.ops import involution2d, span_involution2d
 
 
 class Involution2d(nn.Module):
-    """Involution (Eqn. 4 to 6) from ``channels`` to ``channels``, padded to keep the size: (B, C, H, W) -> (B, C, Ho, Wo)
-    with Ho = ceil(H / stride), Wo = ceil(W / stride).
+    """Involution (Eqn. 4 to 6): (B, C, H, W) -> (B, C, Ho, Wo) with Ho = ceil(H / stride), Wo = ceil(W / stride).
 
     Args:
         channels: C, of the input and of the output.
@@ -19,7 +19,8 @@ class Involution2d(nn.Module):
         reduction_ratio: r of the bottleneck, at most ``channels``.
         kernel_generation: "bottleneck" (Eqn. 6) or "linear" (Table 6c).
 
-    ``.kernel_generation`` maps the input to kernels (B, G*K*K, Ho, Wo) and may be replaced by any module that does.
+    ``.kernel_generation`` maps the input to kernels (B, G*K*K, Ho, Wo) and may be replaced by any module that does;
+    a ``SpanGeneration`` runs as the fused operator.
 
     Raises:
         ValueError: an argument outside the ranges above.
@@ -37,18 +38,14 @@ class Involution2d(nn.Module):
     ) -> None:
         super().__init__()
         group_channels = channels if group_channels is None else group_channels
-        for name, value in {
-            "channels": channels,
-            "kernel_size": kernel_size,
-            "stride": stride,
-            "dilation": dilation,
-            "group_channels": group_channels,
-            "reduction_ratio": reduction_ratio,
-        }.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it should be an integer of at least 1")
-        if kernel_size % 2 == 0:
-            raise ValueError(f"kernel_size is {kernel_size}; it should be odd, for the window to have a centre")
+        check_positive(
+            channels=channels,
+            stride=stride,
+            dilation=dilation,
+            group_channels=group_channels,
+            reduction_ratio=reduction_ratio,
+        )
+        check_odd(kernel_size=kernel_size)
         if channels % group_channels:
             raise ValueError(
                 f"group_channels is {group_channels}, which does not divide channels = {channels}; "
@@ -69,7 +66,7 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         generation = self.kernel_generation
-        if is_factored(generation):
+        if isinstance(generation, SpanGeneration):
             reduced, span = generation.hidden(x), generation.span
             return span_involution2d(
                 x, reduced, span.weight, span.bias, self.kernel_size, stride=self.stride, dilation=self.dilation

@@ -1,10 +1,10 @@
 """The models by name."""
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
+from involution.checks import unknown_name
 from involution.models import rednet, resnet
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
@@ -36,11 +36,11 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Bottlene
         ValueError: an unknown name or option (the message has the nearest valid one), or an impossible value.
     """
     if name not in MODELS:
-        raise ValueError(_unknown("model", name, MODELS))
+        raise ValueError(unknown_name("model", name, MODELS))
     valid = model_options(name)
     for option in options:
         if option not in valid:
-            raise ValueError(_unknown(f"option of {name}", option, valid))
+            raise ValueError(unknown_name(f"option of {name}", option, valid))
     return MODELS[name](num_classes=num_classes, **options)
 
 
@@ -48,12 +48,6 @@ def model_options(name: str) -> list[str]:
     """The options that ``create_model(name, num_classes, ...)`` takes."""
     model_class = RedNet if name.startswith("rednet") else ResNet
     return [p for p in inspect.signature(model_class).parameters if p not in ("depths", "num_classes")]
-
-
-def _unknown(what: str, given: str, valid: Iterable[str]) -> str:
-    valid = list(valid)
-    nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0)[0]
-    return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
 
 
 __all__ = ["MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "model_options"]

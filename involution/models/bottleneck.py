@@ -1,4 +1,4 @@
-"""What RedNet and ResNet share: a residual network of bottlenecks, open in its stem and in the spatial layer of a block.
+"""What RedNet and ResNet share: a network of bottlenecks, open in its stem and in the spatial layer of a block.
 
 Resolution of an H x W image:  stem H/2 -> max pool H/4 -> layer1 H/4 -> layer2 H/8 -> layer3 H/16 -> layer4 H/32
 Channels after them:                64             64             256          512          1024         2048
@@ -7,6 +7,8 @@ Channels after them:                64             64             256          5
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
+
+from involution.checks import check_odd, check_positive
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -20,6 +22,8 @@ class ConvolutionStem(nn.Module):
 
     def __init__(self, in_chans: int, kernel_size: int = 7) -> None:
         super().__init__()
+        check_positive(in_chans=in_chans)
+        check_odd(stem_kernel_size=kernel_size)
         self.conv1 = nn.Conv2d(in_chans, STAGE_WIDTHS[0], kernel_size, 2, kernel_size // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
         self.relu = nn.ReLU(inplace=True)
@@ -66,6 +70,11 @@ class BottleneckNetwork(nn.Module):
         zero_init_residual: start the last BatchNorm of every residual branch at 0, so that each block is the identity
             at first. The released configuration does so; the paper's text does not say.
     """
+
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from involution.checks import check_odd, check_positive
 from involution.layers import Involution2d
 from involution.models.bottleneck import STAGE_WIDTHS, BottleneckNetwork, ConvolutionStem
 
@@ -17,6 +18,8 @@ class InvolutionStem(nn.Module):
 
     def __init__(self, in_chans: int, kernel_size: int, involution: dict[str, Any]) -> None:
         super().__init__()
+        check_positive(in_chans=in_chans)
+        check_odd(stem_kernel_size=kernel_size)
         width = STAGE_WIDTHS[0] // 2
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
@@ -72,9 +75,10 @@ class RedNet(BottleneckNetwork):
             return Involution2d(channels, kernel_size, stride, dilation, **involution)
 
         if stem == "involution":
-            stem_module: nn.Module = InvolutionStem(in_chans, stem_kernel_size or 3, involution)
+            size = 3 if stem_kernel_size is None else stem_kernel_size
+            stem_module: nn.Module = InvolutionStem(in_chans, size, involution)
         elif stem == "convolution":
-            stem_module = ConvolutionStem(in_chans, stem_kernel_size or 7)
+            stem_module = ConvolutionStem(in_chans, 7 if stem_kernel_size is None else stem_kernel_size)
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
         super().__init__(stem_module, spatial, depths, num_classes, output_stride, zero_init_residual)

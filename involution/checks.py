@@ -1,0 +1,26 @@
+"""Checks of what users pass in, with messages that say what is wrong and what would be right."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def check_positive(**values: object) -> None:
+    """Raise ValueError unless every value is an integer of at least 1."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name} is {value!r}; it should be an integer of at least 1")
+
+
+def check_odd(**values: int) -> None:
+    """Raise ValueError unless every value is odd and positive."""
+    check_positive(**values)
+    for name, value in values.items():
+        if value % 2 == 0:
+            raise ValueError(f"{name} is {value}; it should be odd, for the window to have a centre")
+
+
+def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:
+    """The message for a name that is none of ``valid``, with the nearest of them."""
+    valid = list(valid)
+    nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0)[0]
+    return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
