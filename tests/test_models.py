@@ -142,7 +142,6 @@ def test_reset_classifier():
         ("resnet50", {"kernel_size": 3}, "unknown option of resnet50 'kernel_size'"),
         ("rednet50", {"stem": "patch"}, 'stem is \'patch\'; it should be "involution" or "convolution"'),
         ("rednet50", {"stem_kernel_size": 4}, "stem_kernel_size is 4"),
-        ("rednet50", {"stem": "convolution", "stem_kernel_size": 0}, "stem_kernel_size is 0"),
         ("rednet50", {"num_classes": -1}, "num_classes is -1"),
         ("rednet50", {"in_chans": 0}, "in_chans is 0"),
         ("rednet50", {"output_stride": 4}, "output_stride is 4; it should be 8, 16 or 32"),

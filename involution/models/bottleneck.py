@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from involution.checks import check_odd, check_positive
+from involution.checks import check_positive
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -18,13 +18,12 @@ SpatialLayer = Callable[[int, int, int], nn.Module]
 
 
 class ConvolutionStem(nn.Module):
-    """ResNet's stem: one large convolution of stride 2, C -> 64."""
+    """ResNet's stem: one 7x7 convolution of stride 2 to 64 channels."""
 
-    def __init__(self, in_chans: int, kernel_size: int = 7) -> None:
+    def __init__(self, in_chans: int) -> None:
         super().__init__()
         check_positive(in_chans=in_chans)
-        check_odd(stem_kernel_size=kernel_size)
-        self.conv1 = nn.Conv2d(in_chans, STAGE_WIDTHS[0], kernel_size, 2, kernel_size // 2, bias=False)
+        self.conv1 = nn.Conv2d(in_chans, STAGE_WIDTHS[0], 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
         self.relu = nn.ReLU(inplace=True)
 

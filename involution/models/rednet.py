@@ -45,9 +45,8 @@ class RedNet(BottleneckNetwork):
         group_channels: channels that share a kernel, in trunk and stem; None for all (Table 6b).
         reduction_ratio: of the kernel generation, in trunk and stem (Table 6c).
         kernel_generation: "bottleneck" or "linear", in trunk and stem (Table 6c).
-        stem: "involution" (default) or "convolution", a single one of stride 2 (Table 6's ablations).
-        stem_kernel_size: of the stem's involution (default 3; the paper takes 7 for dense prediction) or convolution
-            (default 7).
+        stem: "involution" (default) or "convolution", ResNet's 7x7 of stride 2 (Table 6's ablations).
+        stem_kernel_size: of the stem's involution; the paper takes 7 for dense prediction.
         output_stride, zero_init_residual: see ``BottleneckNetwork``.
     """
 
@@ -61,7 +60,7 @@ class RedNet(BottleneckNetwork):
         reduction_ratio: int = 4,
         kernel_generation: str = "bottleneck",
         stem: str = "involution",
-        stem_kernel_size: int | None = None,
+        stem_kernel_size: int = 3,
         output_stride: int = 32,
         zero_init_residual: bool = True,
     ) -> None:
@@ -75,10 +74,9 @@ class RedNet(BottleneckNetwork):
             return Involution2d(channels, kernel_size, stride, dilation, **involution)
 
         if stem == "involution":
-            size = 3 if stem_kernel_size is None else stem_kernel_size
-            stem_module: nn.Module = InvolutionStem(in_chans, size, involution)
+            stem_module: nn.Module = InvolutionStem(in_chans, stem_kernel_size, involution)
         elif stem == "convolution":
-            stem_module = ConvolutionStem(in_chans, 7 if stem_kernel_size is None else stem_kernel_size)
+            stem_module = ConvolutionStem(in_chans)
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
         super().__init__(stem_module, spatial, depths, num_classes, output_stride, zero_init_residual)
