@@ -1,0 +1,38 @@
+"""Evaluate a checkpoint, single centre crop: python eval.py checkpoint=PATH [data=... data.root=...] [KEY=VALUE ...]
+
+The last line of standard output is one JSON object: checkpoint, top1, top5 (percent), loss, n.
+"""
+
+import atexit
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from involution.engine import cli
+from involution.engine.build import build_evaluation
+from involution.engine.config import EvalConfig, validate
+from involution.engine.distributed import init_world, leave_world
+from involution.engine.evaluate import evaluate
+from involution.engine.run import log_to
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="eval")
+def main(composed: DictConfig) -> None:
+    config = validate(composed, EvalConfig)
+    world = init_world(config.device)
+    atexit.register(leave_world)
+    log_to(None, world.is_main)
+    with cli.user_input():
+        model, loader, task, samples = build_evaluation(config, world)
+    metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)
+    if world.is_main:
+        cli.print_result(
+            {"checkpoint": str(config.checkpoint)} | {key: metrics[key] for key in ("top1", "top5", "loss", "n")}
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, str(CONF), "eval")

@@ -1,0 +1,164 @@
+"""From a validated configuration to the objects that train or evaluate; below here nothing knows the configuration."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+import data
+from involution import complexity, create_model
+from involution.engine.checkpoint import CheckpointFolder, State, best_weights, load_weights, read
+from involution.engine.config import DataConfig, EvalConfig, TrainConfig, differences
+from involution.engine.distributed import World
+from involution.engine.errors import UserError
+from involution.engine.optim import build_schedule, parameter_groups
+from involution.engine.run import RunFolder, log_to
+from involution.engine.state import seed_everything
+from involution.engine.task import Classification
+from involution.engine.trainer import Trainer
+
+log = logging.getLogger("involution")
+DEFINING = ("model.", "data.name", "seed", "train.global_batch_size")  # another value makes it another run
+
+
+def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
+    """Everything that `train.py` needs, resumed where the run folder has a checkpoint.
+
+    Raises:
+        ValueError: for any value, folder or checkpoint that cannot work.
+    """
+    o = config.train
+    if o.sync_batchnorm and world.device.type == "cpu":
+        raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
+    with torch.device("meta"):
+        create_model(**config.model | {"num_classes": 1})  # refuses wrong options before any data is read
+    splits = data.open_dataset(config.data.name, config.data.root)
+    config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
+    plain = dataclasses.asdict(config)
+
+    run.open()
+    if world.is_main and o.resume == "never":
+        run.start_over()
+    log_to(run.path / "train.log", world.is_main)
+    state = _state_to_resume(o.resume, run)
+    if state is not None:
+        _check_same_run(state["config"], plain)
+
+    seed_everything(config.seed, world, config.deterministic)
+    model: torch.nn.Module = create_model(**config.model)
+    if world.is_main:
+        run.describe(plain, world)
+        log.info(
+            "%s\n%s", config.model["name"], complexity.count(model, (3, config.data.val_size, config.data.val_size))
+        )
+    model = to_device(model, world.device, o.channels_last)
+    if o.sync_batchnorm:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    train_loader = build_train_loader(splits.train, config, world)
+    trainer = Trainer(
+        model,
+        Classification(o.label_smoothing),
+        build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay)),
+        build_schedule(config.optimizer["lr"], o.epochs, train_loader.steps_per_epoch, **config.schedule),
+        train_loader,
+        build_eval_loader(splits.val, config.data, o.batch_size, world),
+        train_size=len(splits.train),
+        val_size=len(splits.val),
+        options=o,
+        world=world,
+        run=run,
+        extra_state={"config": plain, "class_names": list(splits.train.class_names)},
+    )
+    if state is not None:
+        trainer.load_state_dict(state)
+        if world.is_main:
+            run.rewind_metrics(trainer.step)
+    return trainer
+
+
+def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool) -> torch.nn.Module:
+    return model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _num_classes(configured: int | None, class_names: list[str]) -> int:
+    if configured is not None and configured < len(class_names):
+        raise UserError(f"model.num_classes={configured}, but the data set has {len(class_names)} classes")
+    return configured or len(class_names)
+
+
+def _state_to_resume(resume: str, run: RunFolder) -> State | None:
+    if resume == "auto":
+        return CheckpointFolder(run.checkpoints).latest()
+    return None if resume == "never" else read(Path(resume))
+
+
+def _check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to continue a run as another one; report what else has changed."""
+    changed = differences(saved, now)
+    fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
+    if fatal:
+        listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
+        raise UserError(
+            f"the checkpoint to resume belongs to another run: {listed}. Give this one another name=, or start over in "
+            "the same folder with train.resume=never"
+        )
+    for key, (a, b) in changed.items():
+        log.warning("continuing with %s=%s, which was %s", key, b, a)
+
+
+def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    try:
+        return instantiate({**config, "_partial_": True})(groups)
+    except TypeError as error:
+        raise UserError(f"optimizer {config['_target_']}: {error}") from error
+
+
+def build_train_loader(images: Any, config: TrainConfig, world: World) -> Any:
+    d, a, o = config.data, config.augmentation, config.train
+    return data.train_loader(
+        images,
+        global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
+        seed=config.seed, size=d.train_size, crop_area=a.crop_area, crop_ratio=a.crop_ratio, hflip=a.hflip,
+        **_loading(d, world),
+    )  # fmt: skip
+
+
+def build_eval_loader(images: Any, d: DataConfig, batch_size: int, world: World) -> Any:
+    return data.eval_loader(
+        images, batch_size=batch_size, rank=world.rank, world_size=world.size, size=d.val_size, resize=d.val_resize,
+        **_loading(d, world),
+    )  # fmt: skip
+
+
+def _loading(d: DataConfig, world: World) -> dict[str, Any]:
+    return {
+        "mean": d.mean, "std": d.std, "loader": d.loader, "decoder": d.decoder, "workers": d.workers,
+        "on_error": d.on_error, "device": world.device,
+    }  # fmt: skip
+
+
+def build_evaluation(config: EvalConfig, world: World) -> tuple[torch.nn.Module, Any, Classification, int]:
+    """The model of a checkpoint, this rank's loader, the task and the number of samples.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be used, or data that do not fit it.
+    """
+    path = Path(config.checkpoint)
+    state = read(path / "checkpoints" / "best.pt" if path.is_dir() else path)
+    trained = state["config"]
+    d = DataConfig(**trained["data"] | {key: value for key, value in config.data.items() if value is not None})
+    if config.data["name"] not in (None, trained["data"]["name"]) and config.data["root"] is None:
+        d.root = None
+    images = data.open_dataset(d.name, d.root).val
+    if list(images.class_names) != state["class_names"]:
+        raise UserError(
+            f"the data set's classes ({', '.join(images.class_names[:3])}, ...) are not those that the checkpoint was "
+            f"trained on ({', '.join(state['class_names'][:3])}, ...)"
+        )
+    model: torch.nn.Module = create_model(**trained["model"])
+    load_weights(model, best_weights(state))
+    model = to_device(model, world.device, channels_last=True)
+    return model, build_eval_loader(images, d, config.batch_size, world), Classification(), len(images)

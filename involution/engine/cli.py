@@ -1,0 +1,111 @@
+"""From the command line to an exit status: one readable message for whatever the user can mend."""
+
+import json
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from involution.engine.config import hint, nearest
+from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+
+
+def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
+    """Run a program that `hydra.main` wraps, and leave with the exit status of its outcome (see errors.py)."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of Hydra's own message and exit status 1
+    status, message = EXIT_ERROR, ""
+    try:
+        _refuse_sweep_on_every_rank()
+        main()
+        status = 0
+    except UserError as error:
+        status, message = EXIT_USAGE, str(error)
+    except HydraException as error:
+        status, message = EXIT_USAGE, _explain(error, config_dir, config_name)
+    except Preempted as stopped:
+        status, message = EXIT_PREEMPTED, str(stopped)
+    except Stopped as stopped:
+        message = str(stopped)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except Exception:
+        message = traceback.format_exc()
+    if message:
+        print(message if status == EXIT_ERROR else f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
+    _exit(status)
+
+
+def _exit(status: int) -> None:
+    """Leave at once after a failure: the other ranks may wait in a collective that no destructor may join."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    if status and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """Where objects are built from the configuration: a ValueError there is the user's to mend."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The program's answer: one JSON object on the last line of standard output."""
+    print(json.dumps(result), flush=True)
+
+
+def _refuse_sweep_on_every_rank() -> None:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv):
+        raise UserError(
+            "torchrun with -m would run the whole sweep once on every rank. Start the sweep with plain "
+            "`python train.py -m ...` (one process a job), or start each job of it with torchrun"
+        )
+
+
+def _explain(error: Exception, config_dir: str, config_name: str) -> str:
+    """Hydra's message, with the nearest valid key or group option."""
+    text = str(error).strip()
+    if key := re.search(r"Could not override '([^']+)'", text):
+        return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
+    if option := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL):
+        group, _, name = option[1].rpartition("/")
+        known = [known for known in option[3].split() if not known.startswith("_")]
+        return f"{group}={name} is unknown{hint(nearest(name, known))} Known: {', '.join(known)}"
+    return text
+
+
+def _nearest_key(key: str, config_dir: str, config_name: str) -> list[str]:
+    chosen = [argument for argument in sys.argv[1:] if re.fullmatch(r"\w+=\w+", argument)]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(config_dir, version_base="1.3"):
+            groups = os.listdir(config_dir)
+            config = compose(config_name, [argument for argument in chosen if argument.split("=")[0] in groups])
+    except HydraException:
+        return []
+    keys = list(_leaves(OmegaConf.to_container(config)))
+    same_name = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    return same_name[:1] or nearest(key, keys)
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")

@@ -1,0 +1,181 @@
+"""The configuration's shape: types and checks for what conf/*.yaml and the command line put together.
+
+Values live in the YAML files alone; here every key has a type, and `validate` refuses the impossible before any data is
+read or a GPU touched.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from involution.engine.errors import UserError
+from involution.engine.options import TrainOptions
+
+
+@dataclass
+class DataConfig:
+    name: str = MISSING
+    root: str | None = MISSING
+    loader: str = MISSING
+    decoder: str = MISSING
+    workers: int = MISSING
+    train_size: Any = MISSING  # pixels, or {first epoch: pixels}
+    val_size: int = MISSING
+    val_resize: int = MISSING
+    mean: list[float] = MISSING
+    std: list[float] = MISSING
+    on_error: str = MISSING
+
+
+@dataclass
+class AugmentationConfig:
+    crop_area: tuple[float, float] = MISSING
+    crop_ratio: tuple[float, float] = MISSING
+    hflip: float = MISSING
+
+
+@dataclass
+class TrainConfig:
+    """conf/train.yaml"""
+
+    name: str = MISSING
+    output_root: str = MISSING
+    seed: int = MISSING
+    deterministic: bool = MISSING
+    device: str = MISSING
+    model: dict[str, Any] = MISSING  # arguments of involution.create_model
+    data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    optimizer: dict[str, Any] = MISSING  # _target_ and its arguments
+    schedule: dict[str, Any] = MISSING  # arguments of optim.build_schedule
+    train: TrainOptions = field(default_factory=TrainOptions)
+
+
+@dataclass
+class EvalConfig:
+    """conf/eval.yaml"""
+
+    checkpoint: str = MISSING
+    batch_size: int = MISSING
+    precision: str = MISSING
+    device: str = MISSING
+    data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
+
+
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "train.precision": ("fp32", "bf16", "fp16"),
+    "train.exclude_from_decay": ("none", "norm_and_bias"),
+    "data.loader": ("auto", "dali", "torch"),
+    "data.decoder": ("auto", "cpu", "mixed"),
+    "data.on_error": ("stop", "skip"),
+}
+RANGES = {  # lowest and highest value; None: no limit
+    "train.epochs": (1, None),
+    "train.global_batch_size": (1, None),
+    "train.batch_size": (1, None),
+    "train.label_smoothing": (0, 1),
+    "train.clip_grad_norm": (0, None),
+    "train.ema_decay": (0, 1),
+    "train.max_steps": (1, None),
+    "train.max_bad_steps": (1, None),
+    "train.log_every_steps": (1, None),
+    "train.evaluate_every_epochs": (1, None),
+    "train.checkpoint_every_steps": (1, None),
+    "train.checkpoint_every_minutes": (0, None),
+    "train.keep_checkpoints": (1, None),
+    "data.workers": (0, None),
+    "data.val_size": (1, None),
+    "data.val_resize": (1, None),
+    "augmentation.hflip": (0, 1),
+    "optimizer.lr": (0, None),
+    "optimizer.momentum": (0, 1),
+    "optimizer.weight_decay": (0, None),
+    "schedule.warmup_epochs": (0, None),
+    "schedule.warmup_start": (0, 1),
+    "schedule.min_lr": (0, None),
+    "batch_size": (1, None),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def validate(config: DictConfig, schema: type) -> Any:
+    """Check a composed configuration and return it as a typed object (`schema` is TrainConfig or EvalConfig).
+
+    Raises:
+        UserError: naming the key, its value and what it should be.
+    """
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        OmegaConf.resolve(typed)
+        missing = sorted(OmegaConf.missing_keys(typed))
+    except OmegaConfBaseException as error:
+        key = error.full_key or error.key or ""
+        known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
+        raise UserError(f"{key}: {str(error).splitlines()[0]}{hint(known)}") from error
+    if missing:
+        raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
+    for key, allowed in CHOICES.items():
+        value = OmegaConf.select(typed, key)
+        if value is not None and value not in allowed:
+            raise UserError(f"{key}={value} should be one of {', '.join(allowed)}{hint(nearest(str(value), allowed))}")
+    for key, (low, high) in RANGES.items():
+        _check_range(key, OmegaConf.select(typed, key), low, high)
+    return OmegaConf.to_object(typed)
+
+
+def _check_range(key: str, value: Any, low: float, high: float | None) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key}={value} should be a number")
+    if not low <= value <= (float("inf") if high is None else high):
+        raise UserError(f"{key}={value} should be {f'at least {low}' if high is None else f'between {low} and {high}'}")
+
+
+def check_batches(global_batch_size: int, batch_size: int, ranks: int) -> None:
+    """Refuse a global batch that cannot be made of whole micro-batches on every rank.
+
+    Raises:
+        UserError: listing combinations that work.
+    """
+    if global_batch_size % (batch_size * ranks) == 0:
+        return
+    a_rank = global_batch_size // ranks
+    sizes = [size for size in range(1, a_rank + 1) if a_rank % size == 0] if global_batch_size % ranks == 0 else []
+    near = sorted(sorted(sizes, key=lambda size: abs(size - batch_size))[:6])
+    chunk = batch_size * ranks
+    totals = [
+        total for total in (global_batch_size // chunk * chunk, (global_batch_size // chunk + 1) * chunk) if total
+    ]
+    raise UserError(
+        f"train.global_batch_size={global_batch_size} cannot be made of train.batch_size={batch_size} "
+        f"on {ranks} process(es). "
+        + (f"Batch sizes that fit: {', '.join(map(str, near))}. " if near else "")
+        + f"Global batch sizes that fit: {', '.join(map(str, totals))}"
+    )
+
+
+def nearest(name: str, known: Any) -> list[str]:
+    """The known names that `name` may have been meant to be."""
+    return difflib.get_close_matches(name, [str(item) for item in known], n=1)
+
+
+def hint(names: list[str]) -> str:
+    return f"; did you mean {names[0]}?" if names else ""
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two configurations, as {key: (saved, now)}."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in saved.keys() | now.keys():
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return dict(sorted(found.items()))

@@ -1,0 +1,141 @@
+"""One process or many: the same few functions, started by python, torchrun, srun or submitit."""
+
+import datetime
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from involution.engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
+    """Join the other ranks, if there are any, and choose this one's device.
+
+    Args:
+        device: auto (a GPU where there is one) | cpu | cuda.
+        timeout_minutes: after which a collective that a rank does not join fails.
+
+    Raises:
+        UserError: for a GPU that is not there.
+    """
+    _adopt_slurm()
+    rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    chosen = _choose_device(device, local_rank)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        # gloo beside NCCL: flags and objects travel between CPUs and never wait for the GPU
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
+    return World(rank, size, chosen)
+
+
+def _choose_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise UserError("device=cuda asks for a GPU, but torch sees none here; use device=cpu or device=auto")
+    if local_rank >= available:
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this machine has {available}. "
+            f"Start at most {available} processes here (--nproc-per-node={available})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _adopt_slurm() -> None:
+    """Under srun, derive from SLURM's variables what torchrun would have set."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+        return
+    nodes = env["SLURM_STEP_NODELIST"]
+    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    env.setdefault("MASTER_ADDR", hosts.split()[0])
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def leave_world() -> None:
+    """Take leave of the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of every rank's tensor, on all of them."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_buffers(model: torch.nn.Module) -> None:
+    """Give every rank rank 0's buffers (BatchNorm statistics): what DDP would do, only when somebody reads them.
+
+    Rank 0 never changes, so an evaluation or an extra checkpoint leaves its course untouched to the last bit.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+class Agreement:
+    """A small number that all ranks agree on: the largest that any of them asked for at the last poll.
+
+    With several ranks the exchange runs beside the step, between CPUs, so polling costs no waiting and no GPU
+    synchronisation; the answer comes one poll late, at the same step on every rank.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._pending: tuple[Any, torch.Tensor] | None = None
+
+    def poll(self, request: int) -> int:
+        """Ask for `request` (0: nothing) and return what was agreed on."""
+        if self._group is None:
+            return request
+        agreed = self.finish()
+        flag = torch.tensor(request, dtype=torch.int32)
+        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
+        return agreed
+
+    def finish(self) -> int:
+        """Wait for the exchange under way, and return what it agreed on."""
+        if self._pending is None:
+            return 0
+        work, flag = self._pending
+        self._pending = None
+        work.wait()
+        return int(flag)

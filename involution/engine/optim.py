@@ -1,0 +1,102 @@
+"""Parameter groups, learning-rate schedules (pure functions of the step) and the average of the weights."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+Schedule = Callable[[int], float]
+
+
+def parameter_groups(model: nn.Module, exclude_from_decay: str = "none") -> list[dict[str, Any]]:
+    """Split the parameters into those that weight decay shrinks and those that it leaves alone.
+
+    Args:
+        exclude_from_decay: "none" decays everything, as the paper does; "norm_and_bias" spares every parameter with at
+            most one dimension, which are exactly biases and the weights of normalisation layers.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if exclude_from_decay == "none":
+        return [{"params": parameters}]
+    if exclude_from_decay != "norm_and_bias":
+        raise ValueError(f"exclude_from_decay is {exclude_from_decay!r}; it should be 'none' or 'norm_and_bias'")
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def prepare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Check that the optimizer can skip a step on the device, and start its momentum from zero.
+
+    Fused optimizers read `found_inf` in their kernels, so a non-finite step costs no synchronisation. Fused SGD takes
+    its first gradient as the momentum; were that step skipped, the buffer would stay uninitialised memory.
+    """
+    if not optimizer.defaults.get("fused"):
+        name = type(optimizer).__name__
+        raise ValueError(f"optimizer {name} is not fused; set optimizer.fused=true (SGD, Adam, AdamW and Adagrad can)")
+    if optimizer.defaults.get("momentum"):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+def warmup(schedule: Schedule, steps: int, start: float) -> Schedule:
+    """Multiply the first `steps` values of a schedule by a ramp from `start` to 1 (Goyal et al., 2017)."""
+
+    def lr(step: int) -> float:
+        return schedule(step) * (start + (1 - start) * step / steps if step < steps else 1.0)
+
+    return lr
+
+
+def cosine(lr: float, total_steps: int, min_lr: float = 0.0) -> Schedule:
+    """Half a cosine from `lr` at step 0 to `min_lr` at `total_steps` (paper, A.1)."""
+
+    def at(step: int) -> float:
+        return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(step, total_steps) / total_steps))
+
+    return at
+
+
+def staircase(lr: float, milestones: Sequence[int], gamma: float) -> Schedule:
+    """`lr`, multiplied by `gamma` at each milestone (in steps)."""
+    return lambda step: lr * gamma ** sum(step >= milestone for milestone in milestones)
+
+
+def build_schedule(
+    lr: float,
+    epochs: int,
+    steps_per_epoch: int,
+    *,
+    name: str,
+    warmup_epochs: float,
+    warmup_start: float,
+    min_lr: float = 0.0,
+    milestones: Sequence[float] = (),
+    gamma: float = 0.1,
+) -> Schedule:
+    """Make step -> learning rate from a configuration in epochs.
+
+    Raises:
+        ValueError: for an unknown name, or a warm-up as long as the training.
+    """
+    if warmup_epochs >= epochs and warmup_epochs > 0:
+        raise ValueError(f"schedule.warmup_epochs={warmup_epochs} should be less than train.epochs={epochs}")
+    if name == "cosine":
+        schedule = cosine(lr, epochs * steps_per_epoch, min_lr)
+    elif name == "step":
+        schedule = staircase(lr, [round(m * steps_per_epoch) for m in milestones], gamma)
+    else:
+        raise ValueError(f"schedule.name is {name!r}; it should be 'cosine' or 'step'")
+    steps = round(warmup_epochs * steps_per_epoch)
+    return warmup(schedule, steps, warmup_start) if steps else schedule
+
+
+def exponential_average(model: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the model whose weights and BatchNorm statistics follow the model's by w += (1 - decay) (model - w)."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)

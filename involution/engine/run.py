@@ -1,0 +1,146 @@
+"""A run's folder: who writes it, what is recorded there, what the user sees meanwhile."""
+
+import fcntl
+import json
+import logging
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+
+from involution.engine.distributed import World, gather_objects
+from involution.engine.errors import UserError
+
+log = logging.getLogger("involution")
+PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130", "triton", "tensorboard")
+
+
+class RunFolder:
+    """`<output_root>/<name>/` with its configuration, environment, log, metrics, TensorBoard, checkpoints and summary.
+
+    Its path comes from the configuration alone, so that all ranks agree and a second start finds the first's state.
+    Only rank 0 writes.
+    """
+
+    def __init__(self, path: Path, world: World) -> None:
+        self.path = path.absolute()
+        self.is_main = world.is_main
+        self._lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def open(self) -> None:
+        """Take the folder: no second run may write into it (the lock dies with its process, however that dies)."""
+        problem = None
+        if self.is_main:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"cannot write to {self.path}: {error.strerror}; set output_root to a folder you can write to"
+        for message in filter(None, gather_objects(problem)):
+            raise UserError(message)
+
+    def _take_lock(self) -> None:
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115: it stays open as long as the run
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(
+                f"another run is writing to {self.path}: {lock.read().strip() or 'it has just started'}. "
+                "Wait for it, stop it, or give this one another name="
+            ) from None
+        lock.truncate(0)
+        lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
+        lock.flush()
+        self._lock = lock
+
+    def start_over(self) -> None:
+        """Forget an earlier run in this folder (train.resume=never)."""
+        for name in ("metrics.jsonl", "summary.json"):
+            (self.path / name).unlink(missing_ok=True)
+        for name in ("tensorboard", "checkpoints"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def describe(self, config: dict[str, Any], world: World) -> None:
+        """Record the resolved configuration and the environment."""
+        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (self.path / "environment.json").write_text(json.dumps(environment(world), indent=2) + "\n")
+
+    def append_metrics(self, line: dict[str, Any]) -> None:
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop the lines of epochs that ended after `step`: they are about to be trained again."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(lines))
+            temporary.replace(path)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def environment(world: World) -> dict[str, Any]:
+    """Versions, devices, and the code's git commit with what was changed since."""
+    repository = Path(__file__).parents[2]
+    cuda = world.device.type == "cuda"
+    return {
+        "command": " ".join(sys.argv),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if cuda else f"cpu, {torch.get_num_threads()} threads",
+        "cuda": torch.version.cuda if cuda else None,
+        "git_commit": _git(repository, "rev-parse", "HEAD"),
+        "git_diff": _git(repository, "diff", "HEAD"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(repository: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def log_to(path: Path | None, is_main: bool) -> None:
+    """Send the program's messages to standard error and, with details, to a file; other ranks than 0 only warn."""
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setLevel(logging.INFO if is_main else logging.WARNING)
+    handlers: list[logging.Handler] = [console]
+    if path is not None and is_main:
+        handlers.append(logging.FileHandler(path))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in log.handlers:
+        handler.close()
+    log.handlers[:] = handlers
+    log.setLevel(logging.DEBUG)
+    log.propagate = False

@@ -1,0 +1,44 @@
+"""Shared fixtures: real images."""
+
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _unpack(pattern: str, folder: Path) -> Path:
+    packs = os.environ.get("INVOLUTION_DATASETS")
+    if not packs:
+        pytest.skip("INVOLUTION_DATASETS is not set (a folder with the packs of real images)")
+    found = sorted(Path(packs).glob(pattern))
+    if not found:
+        pytest.skip(f"INVOLUTION_DATASETS has no {pattern}")
+    for pack in found:
+        with tarfile.open(pack) as archive:
+            archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def imagenette(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """5000 + 1000 photos of ten ImageNet classes: train/<wnid>/*.JPEG, val/<wnid>/*.JPEG."""
+    return _unpack("imagenette224-*.tar", tmp_path_factory.mktemp("imagenette"))
+
+
+@pytest.fixture(scope="session")
+def edge_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight odd real files: a GIF among JPEGs, progressive, Adobe, Exif, blanks and parentheses in names."""
+    return _unpack("edge-case-images.tar", tmp_path_factory.mktemp("edge-cases"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """51 full-size COCO photos in COCO's layout."""
+    return _unpack("coco2017-mini-free.tar", tmp_path_factory.mktemp("photos"))

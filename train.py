@@ -1,0 +1,39 @@
+"""Train a model: python train.py [model=rednet50] [data=imagenet data.root=...] [recipe=paper] [KEY=VALUE ...]
+
+The last line of standard output is one JSON object. Exit status: 0 done, 2 wrong input, 75 stopped by a signal with the
+state saved (run again to continue), 1 anything else.
+"""
+
+import atexit
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from involution.engine import cli
+from involution.engine.build import build_trainer
+from involution.engine.config import TrainConfig, check_batches, validate
+from involution.engine.distributed import init_world, leave_world
+from involution.engine.run import RunFolder
+
+CONF = Path(__file__).resolve().parent / "conf"
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
+def main(composed: DictConfig) -> None:
+    config = validate(composed, TrainConfig)
+    world = init_world(config.device)
+    atexit.register(leave_world)
+    check_batches(config.train.global_batch_size, config.train.batch_size, world.size)
+    run = RunFolder(Path(HydraConfig.get().runtime.output_dir), world)
+    with cli.user_input():
+        trainer = build_trainer(config, run, world)
+    summary = trainer.fit()
+    if world.is_main:
+        run.write_summary(summary)
+        cli.print_result(summary)
+
+
+if __name__ == "__main__":
+    cli.run(main, str(CONF), "train")
