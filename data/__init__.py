@@ -1,0 +1,141 @@
+"""Images for training and evaluation: data sets, and two loaders that give the same batches in the same order."""
+
+from collections.abc import Mapping
+
+import torch
+
+from data.datasets import DataSplits, open_dataset
+from data.decode import BadImageError
+from data.image_list import ImageList
+from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
+from data.sampling import Plan, eval_batches
+from data.torch_loader import TorchBackend
+from data.transforms import EvalTransform, TrainTransform
+
+__all__ = [
+    "BadImageError",
+    "Batch",
+    "DataSplits",
+    "EvalLoader",
+    "ImageList",
+    "TrainLoader",
+    "eval_loader",
+    "open_dataset",
+    "train_loader",
+]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def train_loader(
+    images: ImageList,
+    *,
+    batch_size: int,
+    global_batch_size: int,
+    seed: int,
+    train_size: int | Mapping[int, int] = 224,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    loader: str = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    workers: int = 4,
+    decoder: str = "cpu",
+    on_error: str = "stop",
+) -> TrainLoader:
+    """Endless training batches: random resized crop, horizontal flip, normalisation.
+
+    Args:
+        images: the training split.
+        batch_size: images of one batch of this rank.
+        global_batch_size: images of one optimizer step over all ranks; a multiple of batch_size x world_size.
+        seed: with the epoch it decides the order, with epoch and sample the augmentation. The same on all ranks.
+        train_size: side of the pictures, or {first epoch: side} for progressive resizing, e.g. {0: 128, 30: 224}.
+        scale, ratio: range of a crop's share of the area, and of its width / height.
+        flip: probability of mirroring.
+        mean, std: of the channels, in units of [0, 1].
+        loader: "dali", "torch", or "auto" (dali where it is installed).
+        dtype: of the images.
+        device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
+        workers: worker processes (torch; 0 loads in this process) or threads (dali).
+        decoder: dali only: "cpu", or "mixed" to decode on the GPU.
+        on_error: at a file that is no image "stop" with BadImageError, or "skip" it and count it in `.skipped`.
+
+    Raises:
+        ValueError: an argument is impossible, or DALI was asked for and is not installed.
+    """
+    sizes = dict(train_size) if isinstance(train_size, Mapping) else train_size
+    if min(sizes.values() if isinstance(sizes, dict) else [sizes], default=0) < 1:
+        raise ValueError(f"train_size is {train_size!r}, expected a positive number of pixels or {{epoch: pixels}}")
+    if isinstance(sizes, dict) and 0 not in sizes:
+        raise ValueError(f"train_size schedule {train_size!r} has no size for epoch 0, e.g. {{0: 128, 30: 224}}")
+    if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
+        raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
+    plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
+    transform = TrainTransform(seed, sizes, tuple(scale), tuple(ratio), flip)
+    settings = _settings(images, transform, mean, std, dtype, device, workers, decoder)
+    return TrainLoader(_backend(loader, settings), images, plan, seed, on_error)
+
+
+def eval_loader(
+    images: ImageList,
+    *,
+    batch_size: int,
+    val_resize: int = 256,
+    val_size: int = 224,
+    mean: tuple[float, float, float] = IMAGENET_MEAN,
+    std: tuple[float, float, float] = IMAGENET_STD,
+    loader: str = "auto",
+    rank: int = 0,
+    world_size: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    workers: int = 4,
+    decoder: str = "cpu",
+    on_error: str = "stop",
+) -> EvalLoader:
+    """Evaluation batches: short side resized to `val_resize`, central crop of `val_size`, as torchvision does it.
+
+    Image p goes to rank p % world_size; every rank gets equally many batches. Other arguments: see `train_loader`.
+
+    Raises:
+        ValueError: an argument is impossible, or DALI was asked for and is not installed.
+    """
+    if not 0 < val_size <= val_resize:
+        raise ValueError(f"val_size is {val_size} and val_resize {val_resize}; expected 0 < val_size <= val_resize")
+    if batch_size < 1 or not 0 <= rank < world_size or not len(images):
+        raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size} and {len(images)} images do not work")
+    settings = _settings(images, EvalTransform(val_resize, val_size), mean, std, dtype, device, workers, decoder)
+    requests = eval_batches(len(images), batch_size, rank, world_size)
+    return EvalLoader(_backend(loader, settings), images, requests, on_error)
+
+
+def _settings(images, transform, mean, std, dtype, device, workers, decoder) -> Settings:  # type: ignore[no-untyped-def]
+    if decoder not in ("cpu", "mixed"):
+        raise ValueError(f"decoder is {decoder!r}, expected 'cpu' or 'mixed'")
+    if workers < 0:
+        raise ValueError(f"workers is {workers}, expected 0 or more")
+    return Settings(images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder)
+
+
+def _backend(loader: str, settings: Settings) -> Backend:
+    """The backend by name; DALI is imported only when it is used."""
+    if loader not in ("auto", "dali", "torch"):
+        raise ValueError(f"loader is {loader!r}, expected 'auto', 'dali' or 'torch'")
+    if loader != "torch":
+        try:
+            from data.dali import DaliBackend
+        except ImportError:
+            if loader == "dali":
+                raise ValueError(
+                    "loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch"
+                ) from None
+        else:
+            return DaliBackend(settings)
+    return TorchBackend(settings)

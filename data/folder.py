@@ -1,0 +1,139 @@
+"""Listing of an image folder (root/<class>/**/<image>) with a cache on disk.
+
+The order is torchvision's ImageFolder: classes sorted by name, then folders, then files.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from data.image_list import ImageList, Names
+
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")  # torchvision's
+_SETTLED = 2_000_000_000  # ns a folder must have been left alone before its listing is worth keeping
+
+
+def cache_dir() -> Path:
+    """$INVOLUTION_CACHE, or involution/ in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "involution"
+    return Path(os.environ.get("INVOLUTION_CACHE") or default)
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders of `root`, sorted.
+
+    Raises:
+        ValueError: `root` is missing, cannot be read or has no folders.
+    """
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except FileNotFoundError:
+        raise ValueError(f"data folder {str(root)!r} does not exist; set data.root to the data set's folder") from None
+    except OSError as error:
+        raise ValueError(f"data folder {str(root)!r} cannot be read: {error.strerror}; check data.root") from None
+    if not names:
+        raise ValueError(f"data folder {str(root)!r} has no class folders; expected {root}/<class>/<image>.jpg")
+    return names
+
+
+def list_folder(root: Path) -> ImageList:
+    """All images under root/<class>/, from the cache when no folder has changed since it was written.
+
+    Raises:
+        ValueError: the root or a class folder is missing, unreadable or has no images.
+    """
+    root = Path(os.path.abspath(root))
+    classes = class_folders(root)
+    cache = cache_dir() / "lists" / (hashlib.sha256(os.fsencode(root)).hexdigest()[:24] + ".npz")
+    images = _load(cache, root, classes)
+    if images is None:
+        images = _scan(root, classes, cache)
+    counts = np.bincount(images.targets, minlength=len(classes))
+    if not counts.all():
+        empty = [classes[i] for i in np.flatnonzero(counts == 0)]
+        shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+        kinds = " ".join(extension.decode() for extension in EXTENSIONS)
+        raise ValueError(
+            f"{len(empty)} class folder(s) of {str(root)!r} have no images ({kinds}): {shown}; fill or remove them"
+        )
+    return images
+
+
+def _walk(folder: bytes, inside: bytes) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
+    """Image names below a folder (relative, starting with `inside`), every folder's mtime, and the files' total size."""
+    names, sizes, folders = [], 0, []
+    stamps = [(inside, os.stat(folder).st_mtime_ns)]
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
+                names.append(inside + b"/" + entry.name)
+                try:
+                    sizes += entry.stat().st_size
+                except OSError:
+                    pass  # a dangling link: named when it is loaded or scanned
+            elif entry.is_dir():
+                folders.append(entry.name)
+    names.sort()
+    for name in sorted(folders):
+        below = _walk(folder + b"/" + name, inside + b"/" + name)
+        names += below[0]
+        stamps += below[1]
+        sizes += below[2]
+    return names, stamps, sizes
+
+
+def _scan(root: Path, classes: list[str], cache: Path) -> ImageList:
+    started = time.time_ns()
+    base = os.fsencode(root)
+    try:
+        with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network storage
+            parts = list(pool.map(lambda name: _walk(base + b"/" + os.fsencode(name), os.fsencode(name)), classes))
+    except OSError as error:
+        raise ValueError(f"folder {error.filename!r} cannot be read: {error.strerror}") from None
+    names = Names.pack(name for part in parts for name in part[0])
+    targets = np.repeat(np.arange(len(classes), dtype=np.int32), [len(part[0]) for part in parts])
+    stamps = [stamp for part in parts for stamp in part[1]]
+    total = sum(part[2] for part in parts)
+    if all(mtime < started - _SETTLED for _, mtime in stamps):
+        folders = json.dumps([[os.fsdecode(name), mtime] for name, mtime in stamps])
+        arrays = {"block": names.block, "offsets": names.offsets, "targets": targets, "bytes": np.int64(total)}
+        _save(cache, arrays | {"folders": np.frombuffer(folders.encode(), np.uint8)})
+    names.prefix = f"{root}/"
+    return ImageList(names, targets, tuple(classes), total)
+
+
+def _save(cache: Path, arrays: dict) -> None:
+    """Writes the cache whole or not at all; several ranks may do so at once. A full or read-only disk only costs time."""
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".npz")
+    except OSError:
+        return
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, cache)
+    except OSError:
+        os.unlink(temporary)
+
+
+def _load(cache: Path, root: Path, classes: list[str]) -> ImageList | None:
+    """The cached listing, or None when there is none, it is damaged, or a folder has changed."""
+    try:
+        with np.load(cache) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        stamps = json.loads(arrays["folders"].tobytes())
+        fresh = all(os.stat(root / name).st_mtime_ns == mtime for name, mtime in stamps)
+    except Exception:  # any damage: list again (np.load raises zipfile, EOF, key and value errors)
+        return None
+    if not fresh or [name for name, _ in stamps if "/" not in name] != classes:
+        return None
+    names = Names(arrays["block"], arrays["offsets"], f"{root}/")
+    return ImageList(names, arrays["targets"], tuple(classes), int(arrays["bytes"]))

@@ -1,0 +1,170 @@
+"""What both loaders have in common: batches, positions, and rows that could not be read.
+
+Shapes: b images a batch, 3 channels, S pixels a side.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from data import sampling
+from data.decode import BadImageError
+from data.image_list import ImageList
+from data.sampling import MicroBatch, Plan
+from data.transforms import Transform
+
+Row = TypeVar("Row")
+
+
+class Batch(NamedTuple):
+    """images (b, 3, S, S) normalised, channels_last in memory; targets (b,) int64; only the first `valid` rows count."""
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    valid: int
+
+
+class Loaded(NamedTuple):
+    """A batch and the files in it that could not be read."""
+
+    batch: Batch
+    bad: list[BadImageError]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How pictures become batches. mean and std are in units of [0, 1]; `workers` processes or threads decode."""
+
+    images: ImageList
+    transform: Transform
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dtype: torch.dtype
+    device: torch.device
+    workers: int
+    decoder: str = "cpu"
+
+
+class Backend(Protocol):
+    """Turns requests into batches, in order, reading ahead."""
+
+    def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]: ...
+
+    def close(self) -> None: ...
+
+
+def arrange(
+    rows: list[Row | BadImageError], targets: np.ndarray, valid: int, blank: Row
+) -> tuple[list[Row], np.ndarray, int]:
+    """Puts the readable rows that count first and fills up with the others, so that the shape stays.
+
+    Returns the rows, their targets and how many count. Without a readable row all are `blank`, and none counts.
+    """
+    good = [i for i, row in enumerate(rows) if not isinstance(row, BadImageError)]
+    if len(good) == len(rows):
+        return rows, targets, valid  # type: ignore[return-value]
+    if not good:
+        return [blank] * len(rows), np.zeros_like(targets), 0
+    order = (good * len(rows))[: len(rows)]
+    return [rows[i] for i in order], targets[order], sum(i < valid for i in good)  # type: ignore[misc]
+
+
+@dataclass
+class _Loader:
+    backend: Backend
+    images: ImageList
+    on_error: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"on_error is {self.on_error!r}, expected 'stop' or 'skip'")
+
+    @property
+    def dataset(self) -> ImageList:
+        return self.images
+
+    def _accept(self, loaded: Loaded) -> Batch:
+        """The batch, after bad files were raised (on_error="stop") or noted in `skipped` {path: reason}."""
+        for error in loaded.bad:
+            if self.on_error == "stop":
+                raise error
+            self.skipped[error.path] = error.reason
+        return loaded.batch
+
+    def close(self) -> None:
+        """Stops workers and threads. The loader must not be used afterwards."""
+        self.backend.close()
+
+
+class TrainLoader(_Loader):
+    """An endless stream of this rank's training batches that can start at any position.
+
+    It is its own iterator: going on after an evaluation or an epoch keeps what was prefetched.
+    """
+
+    def __init__(self, backend: Backend, images: ImageList, plan: Plan, seed: int, on_error: str) -> None:
+        super().__init__(backend, images, on_error)
+        self.plan, self.seed = plan, seed
+        self.epoch = self.batch = 0
+        self._stream: Iterator[Loaded] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.plan.steps_per_epoch
+
+    def micro_batches(self, step: int) -> int:
+        """Number of batches this rank gets in global step `step`, counted from the start of training."""
+        return self.plan.micro_batches(step)
+
+    def seek(self, step: int) -> None:
+        """Makes the first batch of global step `step` the next one."""
+        self._move(*self.plan.position(step))
+
+    def state_dict(self) -> dict[str, int]:
+        """The next batch not yet handed out; prefetched ones do not count."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._move(state["epoch"], state["batch"])
+
+    def _move(self, epoch: int, batch: int) -> None:
+        if (epoch, batch) != (self.epoch, self.batch):
+            self.epoch, self.batch, self._stream = epoch, batch, None
+
+    def _requests(self) -> Iterator[MicroBatch]:
+        epoch, batch = self.epoch, self.batch
+        while True:
+            order = sampling.permutation(self.seed, epoch, self.plan.n)
+            for number in range(batch, self.plan.batches_per_epoch):
+                yield self.plan.micro_batch(order, epoch, number)
+            epoch, batch = epoch + 1, 0
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self.backend.stream(self._requests())
+        batch = self._accept(next(self._stream))
+        self.batch += 1
+        if self.batch == self.plan.batches_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        return batch
+
+
+class EvalLoader(_Loader):
+    """This rank's share of an evaluation: equally many batches on every rank, every image once over all ranks."""
+
+    def __init__(self, backend: Backend, images: ImageList, requests: list[MicroBatch], on_error: str) -> None:
+        super().__init__(backend, images, on_error)
+        self.requests = requests
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (self._accept(loaded) for loaded in self.backend.stream(self.requests))

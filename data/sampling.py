@@ -1,0 +1,155 @@
+"""Order and augmentation as pure functions of (seed, epoch, sample).
+
+Nothing here knows of files, loaders, workers or devices, so that both loaders, any number of ranks and a resumed run
+see the same images, crops and flips. All random bits come from Philox4x32-10 (Salmon et al., SC 2011), a counter-based
+generator: random access needs no state, and unlike `np.random.Generator` its stream cannot change with a NumPy release.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+CANDIDATES = 10  # windows RandomResizedCrop tries before it falls back to a central crop
+DRAWS = 4 * CANDIDATES + 1  # area, ratio, top, left of every candidate, then the flip
+_MASK = np.uint64(0xFFFFFFFF)
+_SHUFFLE, _AUGMENT = 0, 1  # separate streams of one seed
+
+
+def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Philox4x32 with 10 rounds: counter (..., 4) of 32-bit words in uint64 -> (..., 4) random 32-bit words in uint64."""
+    c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
+    k0, k1 = key
+    for _ in range(10):
+        p0, p1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (p1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            p1 & _MASK,
+            (p0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3), axis=-1)
+
+
+def _words(seed: int, epoch: int, stream: int, indices: np.ndarray, blocks: int) -> np.ndarray:
+    """(n, 4 * blocks) random 32-bit words for n sample indices."""
+    counter = np.empty((len(indices), blocks, 4), np.uint64)
+    counter[..., 0] = np.asarray(indices, np.uint64)[:, None]
+    counter[..., 1] = np.arange(blocks, dtype=np.uint64)
+    counter[..., 2] = epoch
+    counter[..., 3] = stream
+    return philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)).reshape(len(indices), -1)
+
+
+def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The order (n,) of an epoch: sample indices sorted by a random 64-bit number each (a true global shuffle)."""
+    words = _words(seed, epoch, _SHUFFLE, np.arange(n), 1)
+    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable").astype(np.int32)
+
+
+def draws(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """(n, DRAWS) numbers in [0, 1) that decide everything random about n samples of an epoch."""
+    blocks = -(-DRAWS // 4)
+    return _words(seed, epoch, _AUGMENT, indices, blocks)[:, :DRAWS].astype(np.float64) / 2.0**32
+
+
+def crop_window(
+    draw: Sequence[float], height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """torchvision's RandomResizedCrop.get_params from given numbers.
+
+    Args:
+        draw: one row of `draws`.
+        height, width: of the image in pixels.
+        scale: range of the window's share of the image's area.
+        ratio: range of the window's width / height, drawn log-uniformly.
+
+    Returns:
+        (top, left, height, width) of the first of ten candidate windows that fits, or a central one.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for i in range(0, 4 * CANDIDATES, 4):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draw[i])
+        aspect = math.exp(log_low + (log_high - log_low) * draw[i + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(draw[i + 2] * (height - h + 1)), int(draw[i + 3] * (width - w + 1)), h, w
+    h, w = height, width
+    if width / height < ratio[0]:
+        h = max(1, min(height, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        w = max(1, min(width, round(height * ratio[1])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank loads at once: `indices` (batch_size,) of samples, of which the first `valid` count."""
+
+    epoch: int
+    indices: np.ndarray
+    valid: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which positions of an epoch's order make up which step, and which rank takes them in which micro-batch.
+
+    Global step s takes positions [s * GB, min((s + 1) * GB, n)). Chunk j * world_size + rank of batch_size positions is
+    this rank's micro-batch j. The last step of an epoch may be ragged: it has as many micro-batches as it needs, the same
+    number on every rank, and what is missing is filled with other samples of the epoch that do not count.
+    """
+
+    n: int
+    batch_size: int
+    global_batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size:
+            raise ValueError(f"{self} is not possible: n and batch_size must be positive, 0 <= rank < world_size")
+        if self.global_batch_size < 1 or self.global_batch_size % (self.batch_size * self.world_size):
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of batch_size {self.batch_size} x "
+                f"{self.world_size} ranks; change one of them so that it divides"
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.n // self.global_batch_size)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of this rank in an epoch (equal on all ranks)."""
+        return (self.steps_per_epoch - 1) * self._full + self.micro_batches(self.steps_per_epoch - 1)
+
+    @property
+    def _full(self) -> int:
+        return self.global_batch_size // (self.batch_size * self.world_size)
+
+    def micro_batches(self, step: int) -> int:
+        """Number of micro-batches this rank gets in global step `step`, counted from the start of training."""
+        start = step % self.steps_per_epoch * self.global_batch_size
+        return -(-min(self.global_batch_size, self.n - start) // (self.batch_size * self.world_size))
+
+    def position(self, step: int) -> tuple[int, int]:
+        """Global step -> (epoch, batch): the step's first micro-batch on this rank."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_in_epoch * self._full
+
+    def micro_batch(self, order: np.ndarray, epoch: int, batch: int) -> MicroBatch:
+        """The rank's micro-batch number `batch` of an epoch whose order (n,) is given."""
+        step, micro = divmod(batch, self._full)
+        start = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.batch_size
+        positions = np.arange(start, start + self.batch_size)
+        return MicroBatch(epoch, order[positions % self.n], int(np.clip(self.n - start, 0, self.batch_size)))
+
+
+def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
+    """Finite plan of an evaluation: position p goes to rank p % world_size, equally many batches on every rank."""
+    count = -(-(-(-n // world_size)) // batch_size)
+    mine = np.arange(count * batch_size) * world_size + rank
+    return [MicroBatch(0, rows % n, int((rows < n).sum())) for rows in mine.reshape(count, batch_size)]

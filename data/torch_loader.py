@@ -1,0 +1,95 @@
+"""The torchvision-style loader: Pillow in the worker processes of a torch DataLoader.
+
+Shapes: b images a batch, 3 channels, S pixels a side.
+"""
+
+import signal
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from data.decode import BadImageError, decode
+from data.loader import Batch, Loaded, Settings, arrange
+from data.sampling import MicroBatch
+
+PREFETCH = 4  # batches a worker keeps ready
+
+
+class _Pictures(Dataset[Loaded]):
+    """Map-style data set whose items are whole micro-batches."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        mean, std = torch.tensor(settings.mean), torch.tensor(settings.std)
+        self.scale, self.shift = 1 / (255 * std), -mean / std
+
+    def __getitem__(self, request: MicroBatch) -> Loaded:
+        images, transform = self.settings.images, self.settings.transform
+        size = transform.size_at(request.epoch)
+        draws = transform.draws(request.epoch, request.indices).tolist()
+        rows = [self._row(int(i), draw, size) for i, draw in zip(request.indices, draws, strict=True)]
+        bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
+        good, targets, valid = arrange(rows, images.targets[request.indices], request.valid, torch.zeros(size, size, 3))
+        pixels = default_collate(good).permute(0, 3, 1, 2)  # shared memory in a worker; channels_last without a copy
+        return Loaded(Batch(pixels, torch.from_numpy(targets.astype(np.int64)), valid), bad)
+
+    def _row(self, index: int, draw: list[float], size: int) -> torch.Tensor | BadImageError:
+        images = self.settings.images
+        try:
+            picture = decode(images.read(index), images.paths[index])
+        except BadImageError as error:
+            return error  # not raised here: a DataLoader would wrap the message in a traceback of its worker
+        return self._normalise(self.settings.transform.apply(picture, draw, size))
+
+    def _normalise(self, picture: Image.Image) -> torch.Tensor:
+        """Picture -> (S, S, 3) in the wanted dtype; computed in float32."""
+        pixels = torch.from_numpy(np.array(picture)).float()
+        return pixels.mul_(self.scale).add_(self.shift).to(self.settings.dtype)
+
+
+class _Requests(Sampler[MicroBatch]):
+    def __init__(self) -> None:
+        self.requests: Iterable[MicroBatch] = ()
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        return iter(self.requests)
+
+
+def _outlive_signals(_: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the workers too, but the trainer still needs them to finish its step.
+
+    The alarm ends a worker that nobody collects.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+
+
+class TorchBackend:
+    """See data.loader.Backend."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._requests = _Requests()
+        self._loader = DataLoader(
+            _Pictures(settings),
+            batch_size=None,
+            sampler=self._requests,
+            num_workers=settings.workers,
+            pin_memory=settings.device.type == "cuda",
+            prefetch_factor=PREFETCH if settings.workers else None,
+            persistent_workers=settings.workers > 0,
+            worker_init_fn=_outlive_signals,
+            generator=torch.Generator(),  # so that starting an epoch leaves the global random state alone
+        )
+
+    def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
+        self._requests.requests = requests
+        return iter(self._loader)
+
+    def close(self) -> None:
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()

@@ -1,0 +1,99 @@
+"""Geometry of training and evaluation images, with Pillow as the reference; both loaders take it from here.
+
+Shapes: pictures are H W 3 in 8 bits until they are normalised. A window is (top, left, height, width) in pixels.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from data import sampling
+
+Region = tuple[tuple[int, int, int, int], tuple[float, float, float, float]]
+EXTREME = 8  # long side / short side above which an evaluation image is never resized as a whole
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """Random resized crop and horizontal flip, decided by (seed, epoch, sample).
+
+    `size` is the side of the result, or a schedule {first epoch: side} for progressive resizing.
+    """
+
+    seed: int
+    size: int | Mapping[int, int]
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+
+    def size_at(self, epoch: int) -> int:
+        if isinstance(self.size, int):
+            return self.size
+        return self.size[max(start for start in self.size if start <= epoch)]
+
+    def draws(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        return sampling.draws(self.seed, epoch, indices)
+
+    def region(self, draw: Sequence[float], height: int, width: int) -> Region:
+        """Window to decode, and the box inside it (top, left, bottom, right) that is resized."""
+        window = sampling.crop_window(draw, height, width, self.scale, self.ratio)
+        return window, (0.0, 0.0, float(window[2]), float(window[3]))
+
+    def mirror(self, draw: Sequence[float]) -> bool:
+        return draw[-1] < self.flip
+
+    def same_in_dali(self, height: int, width: int) -> bool:
+        """DALI repeats the border pixel where Pillow renormalises the filter: the outermost pixels of a random window
+        differ by a few levels, which augmentation dwarfs."""
+        return True
+
+    def apply(self, image: Image.Image, draw: Sequence[float], size: int) -> Image.Image:
+        top, left, height, width = self.region(draw, image.height, image.width)[0]
+        image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.mirror(draw) else image
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """Short side to `resize` (the long side rounded down), then a central crop of `size`, as torchvision does."""
+
+    resize: int
+    size: int
+
+    def size_at(self, epoch: int) -> int:
+        return self.size
+
+    def draws(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+        return np.zeros((len(indices), 0))
+
+    def _resized(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Height and width after resizing, top and left of the crop (rounded half to even)."""
+        short = min(height, width)
+        h, w = int(self.resize * height / short), int(self.resize * width / short)
+        return h, w, round((h - self.size) / 2.0), round((w - self.size) / 2.0)
+
+    def region(self, draw: Sequence[float], height: int, width: int) -> Region:
+        h, w, top, left = self._resized(height, width)
+        y, x = height / h, width / w
+        return (0, 0, height, width), (top * y, left * x, (top + self.size) * y, (left + self.size) * x)
+
+    def mirror(self, draw: Sequence[float]) -> bool:
+        return False
+
+    def same_in_dali(self, height: int, width: int) -> bool:
+        """True when the filter does not reach beyond the image (see TrainTransform.same_in_dali)."""
+        h, w, top, left = self._resized(height, width)
+        return (top >= 2 or h >= height) and (left >= 2 or w >= width)
+
+    def apply(self, image: Image.Image, draw: Sequence[float], size: int) -> Image.Image:
+        h, w, top, left = self._resized(image.height, image.width)
+        if max(h, w) > EXTREME * self.resize:  # a 1 x 20000 image would need gigabytes; equal within rounding
+            _, (y0, x0, y1, x1) = self.region(draw, image.height, image.width)
+            return image.resize((size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+        image = image.resize((w, h), Image.Resampling.BILINEAR)
+        return image.crop((left, top, left + size, top + size))
+
+
+Transform = TrainTransform | EvalTransform
