@@ -20,6 +20,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="eval")
+@cli.job
 def main(composed: DictConfig) -> None:
     config = validate(composed, EvalConfig)
     world = init_world(config.device)

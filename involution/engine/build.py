@@ -121,21 +121,25 @@ def build_train_loader(images: Any, config: TrainConfig, world: World) -> Any:
     return data.train_loader(
         images,
         global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
-        seed=config.seed, size=d.train_size, crop_area=a.crop_area, crop_ratio=a.crop_ratio, hflip=a.hflip,
+        seed=config.seed, train_size=d.train_size, scale=a.scale, ratio=a.ratio, flip=a.hflip,
         **_loading(d, world),
     )  # fmt: skip
 
 
 def build_eval_loader(images: Any, d: DataConfig, batch_size: int, world: World) -> Any:
     return data.eval_loader(
-        images, batch_size=batch_size, rank=world.rank, world_size=world.size, size=d.val_size, resize=d.val_resize,
+        images, batch_size=batch_size, rank=world.rank, world_size=world.size, val_size=d.val_size, val_resize=d.val_resize,
         **_loading(d, world),
     )  # fmt: skip
 
 
 def _loading(d: DataConfig, world: World) -> dict[str, Any]:
+    automatic = "mixed" if world.device.type == "cuda" else "cpu"
+    if d.decoder == "mixed" and automatic == "cpu":
+        raise UserError("data.decoder=mixed decodes on a GPU, and there is none here; use data.decoder=cpu or auto")
     return {
-        "mean": d.mean, "std": d.std, "loader": d.loader, "decoder": d.decoder, "workers": d.workers,
+        "mean": d.mean, "std": d.std, "loader": d.loader, "workers": d.workers,
+        "decoder": automatic if d.decoder == "auto" else d.decoder,
         "on_error": d.on_error, "device": world.device,
     }  # fmt: skip
 

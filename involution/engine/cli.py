@@ -1,5 +1,6 @@
 """From the command line to an exit status: one readable message for whatever the user can mend."""
 
+import functools
 import json
 import logging
 import os
@@ -12,11 +13,33 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 
+from data import BadImageError
 from involution.engine.config import hint, nearest
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+
+
+class _Leave(BaseException):
+    """Carries an error past Hydra, which would print a line of its own about it."""
+
+
+def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """What `hydra.main` calls: outside a sweep, errors with a message of their own go straight to `run`."""
+
+    @functools.wraps(main)
+    def quiet(config: DictConfig) -> None:
+        try:
+            main(config)
+        except (UserError, Stopped, BadImageError) as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise
+            raise _Leave from error
+
+    return quiet
 
 
 def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
@@ -24,10 +47,14 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of Hydra's own message and exit status 1
     status, message = EXIT_ERROR, ""
     try:
-        _refuse_sweep_on_every_rank()
-        main()
+        try:
+            _refuse_sweep_on_every_rank()
+            main()
+        except _Leave as carrier:
+            assert carrier.__cause__ is not None
+            raise carrier.__cause__ from None
         status = 0
-    except UserError as error:
+    except (UserError, BadImageError) as error:
         status, message = EXIT_USAGE, str(error)
     except HydraException as error:
         status, message = EXIT_USAGE, _explain(error, config_dir, config_name)

@@ -32,8 +32,8 @@ class DataConfig:
 
 @dataclass
 class AugmentationConfig:
-    crop_area: tuple[float, float] = MISSING
-    crop_ratio: tuple[float, float] = MISSING
+    scale: tuple[float, float] = MISSING
+    ratio: tuple[float, float] = MISSING
     hflip: float = MISSING
 
 

@@ -83,10 +83,8 @@ def build_schedule(
     """Make step -> learning rate from a configuration in epochs.
 
     Raises:
-        ValueError: for an unknown name, or a warm-up as long as the training.
+        ValueError: for an unknown name.
     """
-    if warmup_epochs >= epochs and warmup_epochs > 0:
-        raise ValueError(f"schedule.warmup_epochs={warmup_epochs} should be less than train.epochs={epochs}")
     if name == "cosine":
         schedule = cosine(lr, epochs * steps_per_epoch, min_lr)
     elif name == "step":

@@ -54,7 +54,7 @@ class RunFolder:
             raise UserError(message)
 
     def _take_lock(self) -> None:
-        lock = open(self.path / ".lock", "a+")  # noqa: SIM115: it stays open as long as the run
+        lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -1,0 +1,128 @@
+"""Every configuration composes; the recipes say what the paper says; what is impossible is refused with advice."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from programs import ROOT, python, torchrun
+
+from involution import create_model
+from involution.engine.config import EvalConfig, TrainConfig, check_batches, validate
+from involution.engine.errors import UserError
+
+CONF = ROOT / "conf"
+OPTIONS = [
+    f"{group.name}={option.stem}"
+    for group in sorted(CONF.iterdir())
+    if group.is_dir() and group.name != "hydra"
+    for option in sorted(group.glob("[!_]*.yaml"))
+]
+
+
+def config(*overrides: str, program: str = "train"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return validate(compose(program, list(overrides)), TrainConfig if program == "train" else EvalConfig)
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
+def test_every_option_composes(option):
+    roots = ["data.root=somewhere"] if option == "data=folder" else []
+    found = config(option, *roots)
+    create_model(**found.model | {"num_classes": 10})
+
+
+def test_the_default_is_the_paper():
+    found = config()
+    assert found.model == {
+        "name": "rednet50", "num_classes": None, "kernel_size": 7, "group_channels": 16, "reduction_ratio": 4,
+        "kernel_generation": "bottleneck", "stem": "involution", "stem_kernel_size": 3,
+    }  # fmt: skip
+    assert found.train.epochs == 130
+    assert found.train.global_batch_size == 64 * found.train.batch_size == 64 * 32
+    assert found.train.label_smoothing == 0.1
+    assert found.train.ema_decay is None
+    assert found.train.clip_grad_norm is None
+    assert found.train.exclude_from_decay == "none"
+    optimizer = {key: found.optimizer[key] for key in ("_target_", "lr", "momentum", "nesterov", "weight_decay")}
+    assert optimizer == {
+        "_target_": "torch.optim.SGD", "lr": 0.8, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
+    }  # fmt: skip
+    assert found.schedule == {"name": "cosine", "warmup_epochs": 0, "warmup_start": 0.25, "min_lr": 0.0}
+    assert tuple(found.augmentation.scale) == (0.08, 1.0)
+    assert tuple(found.augmentation.ratio) == pytest.approx((3 / 4, 4 / 3))
+    assert found.augmentation.hflip == 0.5
+    assert (found.data.train_size, found.data.val_size, found.data.val_resize) == (224, 224, 256)
+
+
+def test_the_released_recipe_adds_nesterov_and_warmup_alone():
+    paper, released = config(), config("recipe=released")
+    assert released.optimizer == paper.optimizer | {"nesterov": True}
+    assert released.schedule == paper.schedule | {"warmup_epochs": 5}
+    assert released.train == paper.train
+
+
+def test_the_command_line_overrides_the_recipe():
+    found = config("recipe=demo", "model=resnet26", "data=cifar10", "optimizer.lr=0.3", "train.epochs=1")
+    assert (found.model["name"], found.data.name, found.optimizer["lr"], found.train.epochs) == (
+        "resnet26", "cifar10", 0.3, 1,
+    )  # fmt: skip
+    assert found.name == "demo-resnet26"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.precision=fp8", "fp32, bf16, fp16"),
+        ("train.epochs=0", "at least 1"),
+        ("train.epochs=many", r"train\.epochs"),
+        ("train.label_smoothing=1.5", "between 0 and 1"),
+        ("optimizer.lr=fast", r"optimizer\.lr=fast should be a number"),
+        ("data.loader=dally", "did you mean dali"),
+        ("+train.epoch=3", "epoch"),
+        ("data=folder", r"data\.root"),
+    ],
+)
+def test_impossible_values(override, message):
+    with pytest.raises(UserError, match=message):
+        config(override)
+
+
+def test_batches_that_do_not_divide_list_ones_that_do():
+    check_batches(2048, 32, 64)
+    check_batches(2048, 32, 1)
+    with pytest.raises(UserError, match=r"train\.batch_size=48 on 8.*32, 64.*1920, 2304"):
+        check_batches(2048, 48, 8)
+    with pytest.raises(UserError, match="Global batch sizes that fit: 96, 192"):
+        check_batches(100, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.epoch=3"], "there is no key train.epoch; did you mean train.epochs?"),
+        (["recipe=demo", "lr=3"], "there is no key lr; did you mean optimizer.lr?"),
+        (["model=rednet5"], "model=rednet5 is unknown; did you mean rednet50?"),
+        (["model.kernel_size=4"], "kernel_size"),
+        (["data=folder", "data.root=/nowhere"], "/nowhere"),
+        (["recipe=demo", "train.batch_size=48"], "Batch sizes that fit: "),
+        (["recipe=demo", "optimizer=adamw", "+optimizer.momentum=0.9"], "momentum"),
+        (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["device=cuda"], "device=cpu"),
+        (["train.sync_batchnorm=true", "device=cpu"], "sync_batchnorm"),
+    ],
+)
+def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, arguments, message):
+    if arguments == ["device=cuda"]:
+        arguments = [*arguments, "recipe=demo"]
+    finished = python("train.py", f"output_root={tmp_path}/runs", *arguments, CUDA_VISIBLE_DEVICES="")
+    assert finished.status == 2
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_sweep_under_torchrun_is_refused():
+    finished = torchrun(2, "train.py", "-m", "recipe=demo", "seed=0,1")
+    assert finished.status != 0
+    assert "python train.py -m" in finished.stderr
