@@ -72,9 +72,7 @@ def span_involution2d(
             f"reduced has shape {tuple(reduced.shape)}; for input {tuple(input.shape)} it should be "
             f"({input.shape[0]}, R, {height}, {width})"
         )
-    return torch.ops.involution.span_involution2d(
-        input, reduced, weight, bias, kernel_size, stride, padding, dilation
-    )
+    return torch.ops.involution.span_involution2d(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
 
 
 def _check_options(input: Tensor, kernel_size: int, stride: int, padding: int | None, dilation: int) -> int:
@@ -103,9 +101,7 @@ def _check_options(input: Tensor, kernel_size: int, stride: int, padding: int | 
 def _check_kernel(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> None:
     groups, size = kernel.shape[1], kernel.shape[2]
     if groups < 1 or input.shape[1] % groups != 0:
-        raise ValueError(
-            f"kernel has G = {groups} groups; G should divide the C = {input.shape[1]} channels of input"
-        )
+        raise ValueError(f"kernel has G = {groups} groups; G should divide the C = {input.shape[1]} channels of input")
     expected = (input.shape[0], groups, size, size, *output_hw(input, size, stride, padding, dilation))
     if tuple(kernel.shape) != expected:
         raise ValueError(

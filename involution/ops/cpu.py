@@ -1,0 +1,128 @@
+"""The C++ operator (csrc/) on CPU tensors: layouts, types, and the calls.
+
+The C++ side takes images in channels_last and adds up in float32 (float64 for float64). A bfloat16 kernel tensor, the
+large operand, is read as it is; the smaller tensors, and float16, are converted here.
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
+"""
+
+import ctypes
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import build
+from .shapes import empty_kernel, layout, output_hw
+
+_FIELDS = (
+    "batch channels groups height width out_height out_width size stride padding dilation hidden "
+    "x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap half threads"
+).split()
+
+
+class _Problem(ctypes.Structure):
+    """csrc/driver.h has its mirror."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
+
+
+@functools.cache
+def _failure(level: str) -> str | None:
+    try:
+        build.library(level)
+    except build.BuildError as error:
+        warnings.warn(f"the CPU operator runs as slower torch operations: {error}", RuntimeWarning, stacklevel=2)
+        return str(error)
+    return None
+
+
+def unsupported(input: Tensor, kernel: Tensor) -> str | None:
+    """Why these tensors cannot run here, or None."""
+    if input.device.type != "cpu" or kernel.device.type != "cpu":
+        return "the tensors are not on the CPU"
+    if input.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        return f"{input.dtype} is not a type it knows"
+    return _failure(build.instruction_set())
+
+
+def _call(name: str, wide: torch.dtype, problem: _Problem, *tensors: Tensor | None) -> None:
+    suffix = "double" if wide == torch.float64 else "float"
+    function = getattr(build.library(build.instruction_set()), f"involution_{name}_{suffix}")
+    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
+    function(ctypes.byref(problem), *pointers)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pixels(image: Tensor, dense: bool = False) -> Tensor:
+    """(B, C, H, W) -> its pixels (B, H, W, C) in the accumulation type with the channels side by side."""
+    pixels = image.permute(0, 2, 3, 1).to(_wide(image.dtype))
+    if dense or (pixels.stride(3) != 1 and pixels.shape[3] > 1):
+        return pixels.contiguous()
+    return pixels
+
+
+def _image(pixels: Tensor, like: Tensor) -> Tensor:
+    """(B, H, W, C) -> (B, C, H, W) in the type and memory format of `like`."""
+    return pixels.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=layout(like))
+
+
+def _problem(pixels: Tensor, size: int, groups: int, stride: int, padding: int, dilation: int) -> _Problem:
+    batch, height, width, channels = pixels.shape
+    out_height, out_width = output_hw(pixels.permute(0, 3, 1, 2), size, stride, padding, dilation)
+    x_batch, x_row, x_pixel, _ = pixels.stride()
+    return _Problem(
+        batch=batch, channels=channels, groups=groups, height=height, width=width, out_height=out_height,
+        out_width=out_width, size=size, stride=stride, padding=padding, dilation=dilation, x_batch=x_batch,
+        x_row=x_row, x_pixel=x_pixel, threads=torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _taps(kernel: Tensor) -> Tensor:
+    """(B, G, K, K, Ho, Wo) -> (B, Ho, Wo, G*K*K), a view wherever the taps have one step in memory."""
+    return kernel.permute(0, 4, 5, 1, 2, 3).flatten(3)
+
+
+def _describe_taps(problem: _Problem, taps: Tensor) -> None:
+    problem.kernel_batch, problem.kernel_row, problem.kernel_pixel, problem.kernel_tap = taps.stride()
+    problem.half = int(taps.dtype == torch.bfloat16)
+
+
+def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    """input (B, C, H, W), kernel (B, G, K, K, Ho, Wo) -> (B, C, Ho, Wo) in the layout of `input`."""
+    pixels = _pixels(input)
+    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
+    _describe_taps(problem, taps)
+    out = pixels.new_empty((problem.batch, problem.out_height, problem.out_width, problem.channels))
+    _call("forward", pixels.dtype, problem, pixels, taps, out)
+    return _image(out, input)
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    kernel: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    needs_input: bool,
+    needs_kernel: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients in the layouts of input (B, C, H, W) and kernel (B, G, K, K, Ho, Wo)."""
+    dtype = kernel.dtype
+    pixels, grads = _pixels(input), _pixels(grad, dense=True)
+    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    kernel = kernel.float() if kernel.dtype == torch.float16 else kernel
+    grad_kernel = empty_kernel(kernel) if needs_kernel else None
+    taps, grad_taps = _taps(kernel), None if grad_kernel is None else _taps(grad_kernel)
+    if grad_taps is not None and grad_taps.stride() != taps.stride():
+        taps = torch.empty_like(grad_taps).copy_(taps)
+    _describe_taps(problem, taps)
+    grad_pixels = pixels.new_zeros(pixels.shape) if needs_input else None
+    _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_pixels, grad_taps)
+    return None if grad_pixels is None else _image(grad_pixels, input), grad_kernel if grad_kernel is None else grad_kernel.to(dtype)

@@ -1,0 +1,162 @@
+// What all entry points share: the problem, its division among threads and tiles, and the strips of a tile.
+//
+// B batch, C channels, G groups, H W input size, Ho Wo output size, K kernel size, R hidden channels (fused only).
+// Images are channels_last; "taps" are the G*K*K kernel values of a pixel, group-major.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include "window.h"
+
+struct Problem {  // mirrored by cpu.py: same names, same order, all 64-bit
+    int64_t batch, channels, groups, height, width, out_height, out_width, size, stride, padding, dilation, hidden;
+    int64_t x_batch, x_row, x_pixel;                            // strides of the input, in elements
+    int64_t kernel_batch, kernel_row, kernel_pixel, kernel_tap;  // strides of the kernel
+    int64_t half;                                               // 1: the kernel is stored as bfloat16
+    int64_t threads;
+
+    Window window() const { return {height, width, size, stride, padding, dilation}; }
+    int64_t taps() const { return size * size; }
+    int64_t group_channels() const { return channels / groups; }
+};
+
+// Part of the output that one thread handles alone: rows of one image, for a range of groups.
+struct Unit {
+    int64_t image, group, last_group, row, last_row, chunk;
+    int thread;
+    int64_t groups() const { return last_group - group; }
+};
+
+// A tile of kernels (or of their gradients) of a unit: whole rows, or part of one row.
+template <class A>
+struct Tile {
+    int64_t row, last_row, column, last_column;
+    A* values;                   // of pixel (row, column), first group of the unit
+    int64_t row_step, pixel_step;
+    int64_t pixels() const { return (last_row - row) * (last_column - column); }
+};
+
+constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed weights share the second-level cache
+
+// Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
+template <class A>
+A* scratch(int slot, int64_t count) {
+    static thread_local std::vector<A> buffers[6];
+    constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
+    if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
+    const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());
+    return reinterpret_cast<A*>((address + kRegisterBytes - 1) / kRegisterBytes * kRegisterBytes);
+}
+
+template <class F>
+void on_threads(int64_t threads, F f) {
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel num_threads(int(threads))
+        f(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    f(0, 1);
+}
+
+// [0, total) in `parts` nearly equal ranges; the same part always gets the same range, so sums are reproducible.
+template <class F>
+void each_of(int64_t total, int part, int parts, F f) {
+    for (int64_t n = total * part / parts; n < total * (part + 1) / parts; ++n) f(n);
+}
+
+// How a problem is cut: whole images if they fill the threads, else groups, else (forward only) bands of rows.
+struct Division {
+    int64_t chunks = 1, bands = 1;
+
+    Division(const Problem& p, bool by_rows) {
+        if (p.batch % p.threads != 0 && p.batch < 8 * p.threads) {
+            chunks = std::min(p.groups, p.threads);
+            if (by_rows && chunks < p.threads) bands = std::min(p.out_height, (p.threads + chunks - 1) / chunks);
+        }
+    }
+    int64_t chunk_groups(const Problem& p) const { return (p.groups + chunks - 1) / chunks; }
+    int64_t units(const Problem& p) const { return p.batch * chunks * bands; }
+    Unit unit(const Problem& p, int64_t n, int thread) const {
+        const int64_t band = n % bands, chunk = n / bands % chunks;
+        return {n / bands / chunks, p.groups * chunk / chunks, p.groups * (chunk + 1) / chunks,
+                p.out_height * band / bands, p.out_height * (band + 1) / bands, chunk, thread};
+    }
+};
+
+template <class A, class F>
+void each_tile(const Problem& p, const Unit& unit, F f) {
+    const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / (unit.groups() * p.taps()));
+    const int64_t rows = std::max<int64_t>(1, budget / p.out_width), columns = std::min(budget, p.out_width);
+    for (int64_t i = unit.row; i < unit.last_row; i += rows)
+        for (int64_t j = 0; j < p.out_width; j += columns)
+            f(Tile<A>{i, std::min(i + rows, unit.last_row), j, std::min(j + columns, p.out_width), nullptr, 0, 0});
+}
+
+template <int P>
+using Count = std::integral_constant<int, P>;
+
+// Cuts a row into strips of 8, 7, 4, 2 or 1 pixels: 7 because the feature maps of a ResNet are multiples of 7.
+template <int K, class F>
+INLINE void each_strip(int64_t column, int64_t last, F f) {
+    for (int64_t n; (n = last - column) > 0;) {
+        const int64_t take = K == 0 ? (n >= 4 ? 4 : 1) : n % 8 && n % 7 == 0 ? 7 : n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
+        if (take == 4) f(Count<4>{}, column);
+        if (take == 1) f(Count<1>{}, column);
+        if constexpr (K > 0) {
+            if (take == 8) f(Count<8>{}, column);
+            if (take == 7) f(Count<7>{}, column);
+            if (take == 2) f(Count<2>{}, column);
+        }
+        column += take;
+    }
+}
+
+// f(K, S) with the constants of the unrolled windows where they fit, else f(0, 0).
+template <class A, class F>
+void with_window(const Problem& p, F f) {
+    if constexpr (sizeof(A) == 4) {
+        if (p.group_channels() % kLanes<A> == 0 && p.dilation == 1) {
+            if (p.size == 7 && p.stride == 1) return f(Count<7>{}, Count<1>{});
+            if (p.size == 7 && p.stride == 2) return f(Count<7>{}, Count<2>{});
+            if (p.size == 5 && p.stride == 1) return f(Count<5>{}, Count<1>{});
+            if (p.size == 3 && p.stride == 1) return f(Count<3>{}, Count<1>{});
+        }
+    }
+    f(Count<0>{}, Count<0>{});
+}
+
+// f(lanes, channel) over the channels of a group: full registers, then narrower ones for the rest.
+template <class A, bool WHOLE, int N = kLanes<A>, class F>
+INLINE void each_register(int64_t channel, int64_t channels, F f) {
+    for (; channel + N <= channels; channel += N) f(Count<N>{}, channel);
+    if constexpr (!WHOLE && N > 1) each_register<A, WHOLE, N / 2>(channel, channels, f);
+}
+
+// Strips of one tile, forward: x is the image of the unit, out its output image (dense channels_last).
+template <class A, int K, int S>
+NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* x, A* out, int64_t outside) {
+    const Window w = p.window();
+    const Places steps{p.x_row, p.x_pixel, outside};
+    int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
+    const int64_t width = p.group_channels();
+    for (int64_t i = tile.row; i < tile.last_row; ++i)
+        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) {
+            constexpr int P = decltype(pixels)::value;
+            int64_t first, last;
+            inside_rows(w, i, first, last);
+            find_places<Block<A, K, S, P, 1>::X>(w, steps, i, j, P, places);
+            const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
+            A* to = out + (i * p.out_width + j) * p.channels;
+            for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
+                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) {
+                    Block<A, K, S, P, decltype(lanes)::value>::forward(
+                        p.size, first, last, x + c, places, kernel, tile.pixel_step, to + c, p.channels);
+                });
+        });
+}

@@ -1,0 +1,140 @@
+// Entry points of the plain operator. The kernel tensor is read (its gradient written) in place where its taps lie
+// together in the type of the sums; else tile by tile through a converted copy.
+#include <cstring>
+
+#include "backward.h"
+
+typedef uint16_t Half;  // bfloat16
+
+INLINE float widen(float v) { return v; }
+INLINE double widen(double v) { return v; }
+INLINE float widen(Half v) {
+    const uint32_t bits = uint32_t(v) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+INLINE void narrow(float v, float* to) { *to = v; }
+INLINE void narrow(double v, double* to) { *to = v; }
+INLINE void narrow(float v, Half* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    *to = Half(v != v ? 0x7fc0 : rounded);
+}
+
+// move(stored value, tile value) for the taps of every pixel of a tile, in blocks that suit both layouts.
+template <class T, class A, class F>
+void each_value(const Problem& p, const Unit& unit, const Tile<A>& tile, T* image, F move) {
+    const int64_t taps = unit.groups() * p.taps(), columns = tile.last_column - tile.column;
+    for (int64_t i = tile.row; i < tile.last_row; ++i) {
+        T* row = image + i * p.kernel_row + tile.column * p.kernel_pixel + unit.group * p.taps() * p.kernel_tap;
+        A* to = tile.values + (i - tile.row) * tile.row_step;
+        if (p.kernel_tap == 1) {
+            for (int64_t j = 0; j < columns; ++j)
+                for (int64_t t = 0; t < taps; ++t) move(row[j * p.kernel_pixel + t], to[j * tile.pixel_step + t]);
+            continue;
+        }
+        for (int64_t t0 = 0; t0 < taps; t0 += 16)
+            for (int64_t j = 0; j < columns; ++j)
+                for (int64_t t = t0; t < std::min(t0 + 16, taps); ++t)
+                    move(row[j * p.kernel_pixel + t * p.kernel_tap], to[j * tile.pixel_step + t]);
+    }
+}
+
+// The tile in place, or, where that cannot be, room for a copy of it.
+template <class A, class T>
+Tile<A> place_tile(const Problem& p, const Unit& unit, Tile<A> tile, T* image) {
+    if constexpr (sizeof(T) == sizeof(A)) {
+        if (p.kernel_tap == 1) {
+            tile.values = reinterpret_cast<A*>(const_cast<std::remove_const_t<T>*>(image)) + tile.row * p.kernel_row +
+                          tile.column * p.kernel_pixel + unit.group * p.taps();
+            tile.row_step = p.kernel_row, tile.pixel_step = p.kernel_pixel;
+            return tile;
+        }
+    }
+    tile.pixel_step = unit.groups() * p.taps();
+    tile.row_step = tile.pixel_step * (tile.last_column - tile.column);
+    tile.values = scratch<A>(2, tile.row_step * (tile.last_row - tile.row));
+    return tile;
+}
+
+template <class A, class T>
+bool in_place(const Problem& p) {
+    return sizeof(T) == sizeof(A) && p.kernel_tap == 1;
+}
+
+template <class A, class T>
+void forward(const Problem& p, const A* x, const T* kernel, A* out) {
+    const Division division(p, true);
+    const std::vector<A> zeros(p.channels, A(0));
+    on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
+        each_of(division.units(p), thread, threads, [&](int64_t n) {
+            const Unit unit = division.unit(p, n, thread);
+            const A* image = x + unit.image * p.x_batch;
+            each_tile<A>(p, unit, [&](Tile<A> tile) {
+                const T* from = kernel + unit.image * p.kernel_batch;
+                tile = place_tile<A>(p, unit, tile, from);
+                if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
+                with_window<A>(p, [&](auto k, auto s) {
+                    tile_forward<A, decltype(k)::value, decltype(s)::value>(
+                        p, unit, tile, image, out + unit.image * p.out_height * p.out_width * p.channels,
+                        zeros.data() - image);
+                });
+            });
+        });
+    });
+}
+
+template <class A, class T>
+void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* grad_x, T* grad_kernel) {
+    const Division division(p, false);
+    const std::vector<A> zeros(p.channels, A(0));
+    on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
+        each_of(division.units(p), thread, threads, [&](int64_t n) {
+            const Unit unit = division.unit(p, n, thread);
+            const A* image = x + unit.image * p.x_batch;
+            const int64_t in = unit.image * p.height * p.width * p.channels;
+            const int64_t out = unit.image * p.out_height * p.out_width * p.channels;
+            const Gradients<A> d{image, grad + out, grad_x ? grad_x + in : nullptr, zeros.data() - image,
+                                 scratch<A>(3, p.channels)};
+            each_tile<A>(p, unit, [&](Tile<A> tile) {
+                const T* from = kernel + unit.image * p.kernel_batch;
+                Tile<A> source = place_tile<A>(p, unit, tile, from), into = tile;
+                if (!in_place<A, T>(p)) each_value(p, unit, source, from, [](T v, A& w) { w = widen(v); });
+                if (grad_kernel) into = place_tile<A>(p, unit, tile, grad_kernel + unit.image * p.kernel_batch);
+                with_window<A>(p, [&](auto k, auto s) {
+                    tile_backward<A, decltype(k)::value, decltype(s)::value>(p, unit, source, into, d);
+                });
+                if (grad_kernel && !in_place<A, T>(p))
+                    each_value(p, unit, into, grad_kernel + unit.image * p.kernel_batch,
+                               [](T& v, A w) { narrow(w, &v); });
+            });
+        });
+    });
+}
+
+extern "C" {
+// x, out, grad, grad_x: float (or double); kernel, grad_kernel: the same, or bfloat16 where p->half. grad_x is zeroed by
+// the caller; grad_x and grad_kernel may be null. The kernel and its gradient have the same strides.
+void involution_forward_float(const Problem* p, const float* x, const void* kernel, float* out) {
+    if (p->half)
+        forward(*p, x, static_cast<const Half*>(kernel), out);
+    else
+        forward(*p, x, static_cast<const float*>(kernel), out);
+}
+void involution_forward_double(const Problem* p, const double* x, const void* kernel, double* out) {
+    forward(*p, x, static_cast<const double*>(kernel), out);
+}
+void involution_backward_float(const Problem* p, const float* grad, const float* x, const void* kernel, float* grad_x,
+                               void* grad_kernel) {
+    if (p->half)
+        backward(*p, grad, x, static_cast<const Half*>(kernel), grad_x, static_cast<Half*>(grad_kernel));
+    else
+        backward(*p, grad, x, static_cast<const float*>(kernel), grad_x, static_cast<float*>(grad_kernel));
+}
+void involution_backward_double(const Problem* p, const double* grad, const double* x, const void* kernel,
+                                double* grad_x, void* grad_kernel) {
+    backward(*p, grad, x, static_cast<const double*>(kernel), grad_x, static_cast<double*>(grad_kernel));
+}
+}
