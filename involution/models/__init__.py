@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from involution.checks import unknown_name
@@ -9,6 +10,7 @@ from involution.models import rednet, resnet
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
+from involution.weights import describe, fetch, load_into, read, to_ours
 
 MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
     "rednet26": rednet.rednet26,
@@ -24,16 +26,26 @@ MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
 }
 
 
-def create_model(name: str, num_classes: int = 1000, **options: Any) -> BottleneckNetwork:
-    """A freshly initialised model.
+def create_model(
+    name: str,
+    num_classes: int = 1000,
+    pretrained: str | Path | None = None,
+    pretrained_sha256: str | None = None,
+    **options: Any,
+) -> BottleneckNetwork:
+    """A model, freshly initialised or with weights from a file.
 
     Args:
         name: one of ``MODELS``.
         num_classes: outputs of the classifier; 0 for none.
+        pretrained: path or URL of weights: ours, released or safetensors. A classifier for another number of classes
+            is left out. Downloads are kept in ``torch.hub.get_dir()``.
+        pretrained_sha256: the SHA-256 of that file or the beginning of it; a mismatch is an error.
         options: of ``RedNet`` or ``ResNet``, e.g. ``kernel_size=5``.
 
     Raises:
-        ValueError: an unknown name or option (the message has the nearest valid one), or an impossible value.
+        ValueError: an unknown name or option (the message has the nearest valid one), an impossible value, or weights
+            that cannot be had or are of another model.
     """
     if name not in MODELS:
         raise ValueError(unknown_name("model", name, MODELS))
@@ -41,7 +53,27 @@ def create_model(name: str, num_classes: int = 1000, **options: Any) -> Bottlene
     for option in options:
         if option not in valid:
             raise ValueError(unknown_name(f"option of {name}", option, valid))
-    return MODELS[name](num_classes=num_classes, **options)
+    model = MODELS[name](num_classes=num_classes, **options)
+    if pretrained is not None:
+        load_into(model, to_ours(read(fetch(pretrained, pretrained_sha256))))
+    return model
+
+
+def load_model(location: str | Path, sha256: str | None = None) -> BottleneckNetwork:
+    """The model that a file of weights is of, with these weights; its options are read off the tensors' shapes.
+
+    Args:
+        location: path or URL, as ``create_model``'s ``pretrained``.
+        sha256: the file's SHA-256 or the beginning of it.
+
+    Raises:
+        ValueError: the file cannot be had, holds no weights or those of no model of ours.
+    """
+    state = to_ours(read(fetch(location, sha256)))
+    name, options = describe(state)
+    model = create_model(name, **options)
+    load_into(model, state)
+    return model
 
 
 def model_options(name: str) -> list[str]:
@@ -50,4 +82,4 @@ def model_options(name: str) -> list[str]:
     return [p for p in inspect.signature(model_class).parameters if p not in ("depths", "num_classes")]
 
 
-__all__ = ["MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "model_options"]
+__all__ = ["MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "load_model", "model_options"]

@@ -5,6 +5,7 @@ Channels after them:                64             64             256          5
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -68,6 +69,8 @@ class BottleneckNetwork(nn.Module):
         output_stride: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate instead.
         zero_init_residual: start the last BatchNorm of every residual branch at 0, so that each block is the identity
             at first. The released configuration does so; the paper's text does not say.
+
+    ``feature_info`` lists the five levels of a feature pyramid: module name, channels and stride.
     """
 
     layer1: nn.Sequential
@@ -89,6 +92,7 @@ class BottleneckNetwork(nn.Module):
             raise ValueError(f"output_stride is {output_stride!r}; it should be 8, 16 or 32")
         self.stem = stem
         self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.feature_info: list[dict[str, Any]] = [{"module": "stem", "num_chs": STAGE_WIDTHS[0], "reduction": 2}]
         in_channels, net_stride, dilation = STAGE_WIDTHS[0], 4, 1
         for i, (width, depth) in enumerate(zip(STAGE_WIDTHS, depths, strict=True)):
             stride, first_dilation = (1 if i == 0 else 2), dilation
@@ -99,8 +103,9 @@ class BottleneckNetwork(nn.Module):
             in_channels = width * EXPANSION
             blocks += [Bottleneck(in_channels, width, 1, dilation, spatial) for _ in range(depth - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            self.feature_info.append({"module": f"layer{i + 1}", "num_chs": in_channels, "reduction": net_stride})
         self.num_features = in_channels
-        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.reset_classifier(num_classes)
         self._init_weights(zero_init_residual)
 
@@ -109,10 +114,13 @@ class BottleneckNetwork(nn.Module):
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}; it should be an integer of at least 0")
         self.num_classes = num_classes
-        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        if isinstance(self.fc, nn.Linear):
-            nn.init.normal_(self.fc.weight, std=0.01)
-            nn.init.zeros_(self.fc.bias)
+        self.fc: nn.Module = nn.Identity()
+        if num_classes:
+            like = next(self.parameters())
+            fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
+            nn.init.normal_(fc.weight, std=0.01)
+            nn.init.zeros_(fc.bias)
+            self.fc = fc
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         """As the released code: Kaiming normal (fan out) for every convolution, those of the generators included."""
@@ -131,7 +139,7 @@ class BottleneckNetwork(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (B, 2048, H, W) -> logits (B, num_classes); with ``pre_logits`` the pooled features (B, 2048)."""
-        x = self.avgpool(x).flatten(1)
+        x = self.avgpool(x)
         return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:

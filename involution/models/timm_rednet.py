@@ -1,0 +1,174 @@
+"""RedNets under timm's names and conventions: ``timm.create_model("rednet50", features_only=True)``.
+
+Imported by ``involution`` as soon as timm is; the weights' names are those of ``involution.create_model``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import SelectAdaptivePool2d
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._manipulate import checkpoint_seq
+from torch import Tensor, nn
+
+from involution.models.rednet import RedNet
+from involution.weights import to_ours
+
+STAGES = ("layer1", "layer2", "layer3", "layer4")
+
+
+class TimmRedNet(RedNet):
+    """RedNet with what timm expects of a model; ``options`` are RedNet's."""
+
+    def __init__(self, depths: Sequence[int], global_pool: str = "avg", drop_rate: float = 0.0, **options: Any) -> None:
+        super().__init__(depths, **options)
+        self.drop_rate = drop_rate
+        self.grad_checkpointing = False
+        self.head_hidden_size = self.num_features
+        if global_pool != "avg":
+            self.reset_classifier(self.num_classes, global_pool)
+
+    def get_classifier(self, name_only: bool = False) -> nn.Module | str:
+        """The classifier, or its name."""
+        return "fc" if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier; ``global_pool`` is avg, max, avgmax, or "" for unpooled features without a classifier."""
+        if global_pool is not None:
+            if global_pool not in ("avg", "max", "avgmax", ""):
+                raise ValueError(f'global_pool is {global_pool!r}; it should be "avg", "max", "avgmax" or ""')
+            if num_classes and not global_pool:
+                raise ValueError(f'global_pool is ""; num_classes should then be 0, but is {num_classes}')
+            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True) if global_pool else nn.Identity()
+            self.avgpool = pool
+        super().reset_classifier(num_classes)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Regular expressions for layer-wise learning rates."""
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+    def _stage(self, name: str, x: Tensor) -> Tensor:
+        stage = getattr(self, name)
+        return checkpoint_seq(stage, x) if self.grad_checkpointing and self.training else stage(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images -> features of the last stage (B, 2048, H/32, W/32)."""
+        x = self.maxpool(self.stem(x))
+        for name in STAGES:
+            x = self._stage(name, x)
+        return x
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Features of the chosen levels (0 stem, 1 to 4 stages; an int: the last n), with or without the final ones."""
+        if output_fmt != "NCHW":
+            raise ValueError(f'output_fmt is {output_fmt!r}; it should be "NCHW"')
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        intermediates = []
+        x = self.stem(x)
+        if 0 in take:
+            intermediates.append(x)
+        x = self.maxpool(x)
+        for level, name in enumerate(STAGES[:last] if stop_early else STAGES, start=1):
+            x = self._stage(name, x)
+            if level in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the chosen levels do not need."""
+        take, last = feature_take_indices(len(self.feature_info), indices)
+        for name in STAGES[last:]:
+            setattr(self, name, nn.Sequential())
+        if last == 0:
+            self.maxpool = nn.Identity()  # type: ignore[assignment]
+        if last < len(STAGES):
+            self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or last < len(STAGES):
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Features -> logits, with dropout before the classifier."""
+        x = F.dropout(super().forward_head(x, pre_logits=True), self.drop_rate, self.training)
+        return x if pre_logits else self.fc(x)
+
+
+def _cfg() -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1",
+        "classifier": "fc",
+        "license": "mit",
+        "paper_ids": "arXiv:2103.06255",
+        "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
+        "origin_url": "https://github.com/d-li14/involution",
+    }
+
+
+default_cfgs = generate_default_cfgs({f"rednet{n}": _cfg() for n in (26, 38, 50, 101, 152)})
+
+
+def _create(name: str, depths: Sequence[int], pretrained: bool, **options: Any) -> nn.Module:
+    """Weights come from ``pretrained_cfg_overlay={"file": PATH}``: ours, released or timm's own files."""
+    return build_model_with_cfg(
+        TimmRedNet,
+        name,
+        pretrained,
+        pretrained_filter_fn=lambda state, model: to_ours(state),
+        depths=depths,
+        **options,
+    )
+
+
+@register_model
+def rednet26(pretrained: bool = False, **options: Any) -> nn.Module:
+    """RedNet-26."""
+    return _create("rednet26", (1, 2, 4, 1), pretrained, **options)
+
+
+@register_model
+def rednet38(pretrained: bool = False, **options: Any) -> nn.Module:
+    """RedNet-38."""
+    return _create("rednet38", (2, 3, 5, 2), pretrained, **options)
+
+
+@register_model
+def rednet50(pretrained: bool = False, **options: Any) -> nn.Module:
+    """RedNet-50."""
+    return _create("rednet50", (3, 4, 6, 3), pretrained, **options)
+
+
+@register_model
+def rednet101(pretrained: bool = False, **options: Any) -> nn.Module:
+    """RedNet-101."""
+    return _create("rednet101", (3, 4, 23, 3), pretrained, **options)
+
+
+@register_model
+def rednet152(pretrained: bool = False, **options: Any) -> nn.Module:
+    """RedNet-152."""
+    return _create("rednet152", (3, 8, 36, 3), pretrained, **options)
