@@ -78,7 +78,7 @@ def train_loader(
     if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
-    transform = TrainTransform(seed, sizes, tuple(scale), tuple(ratio), flip)
+    transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip)
     settings = _settings(images, transform, mean, std, dtype, device, workers, decoder)
     return TrainLoader(_backend(loader, settings), images, plan, seed, on_error)
 

@@ -101,8 +101,9 @@ class DaliBackend:
         """Encoded files and windows -> normalised pictures (b, S, S, 3)."""
         settings = self.settings
         gpu = settings.device.type == "cuda"
+        half = settings.dtype == torch.float16
         mixed = gpu and settings.decoder == "mixed"
-        hints = {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING} if mixed else {}
+        hints: Any = {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING} if mixed else {}
         pipe = Pipeline(
             batch_size,
             num_threads=max(1, settings.workers),
@@ -110,6 +111,7 @@ class DaliBackend:
             prefetch_queue_depth=QUEUE,
         )
         with pipe:
+            pixels: Any
             data, start, shape, low, high, size, mirror = fn.external_source(source, num_outputs=7, no_copy=True)
             pixels = fn.decoders.image_slice(
                 data,
@@ -117,7 +119,7 @@ class DaliBackend:
                 start=start,
                 shape=shape,
                 axis_names="HW",
-                output_type=types.RGB,
+                output_type=types.DALIImageType.RGB,
                 adjust_orientation=False,  # Pillow's convert does not apply Exif either
                 **hints,
             )
@@ -126,7 +128,7 @@ class DaliBackend:
                 size=size,
                 roi_start=low,
                 roi_end=high,
-                interp_type=types.INTERP_LINEAR,
+                interp_type=types.DALIInterpType.INTERP_LINEAR,
                 antialias=True,
                 subpixel_scale=False,
             )
@@ -135,7 +137,7 @@ class DaliBackend:
                 mirror=mirror,
                 mean=[255 * value for value in settings.mean],
                 std=[255 * value for value in settings.std],
-                dtype=types.FLOAT16 if settings.dtype == torch.float16 else types.FLOAT,
+                dtype=types.DALIDataType.FLOAT16 if half else types.DALIDataType.FLOAT,
                 output_layout="HWC",
             )
             pipe.set_outputs(pixels)
@@ -167,9 +169,11 @@ class _Run:
         if not self._reading:
             return
         pipe = self.backend.pipeline(self._feed(), len(self._reading[0].request.indices))
+        device = self.settings.device
         while True:
             try:
-                (pixels,) = pipe.run()
+                # on the stream that will read the batch: its memory is not reused before that stream is done with it
+                (pixels,) = pipe.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
             except StopIteration:
                 return
             images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2)  # no copy: channels_last

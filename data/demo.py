@@ -3,6 +3,7 @@
 It walks the same path as ImageNet (JPEG decoding, random resized crop, DALI) without a download.
 """
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -19,20 +20,20 @@ VAL_SHARE = 5  # every fifth image of a class is for validation
 
 
 def write_once(target: Path, write: Callable[[Path], None]) -> Path:
-    """Fills a folder by `write(temporary folder)` and moves it into place whole; any number of processes may do so at once."""
+    """Fills a folder by `write(temporary folder)` and moves it into place whole; one process writes, others wait."""
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=target.name + "."))
-    try:
-        write(temporary)
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    except OSError:
-        if not target.is_dir():  # else another process was first
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+            try:
+                write(temporary)
+                temporary.chmod(0o755)
+                temporary.rename(target)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     return target
 
 
@@ -52,4 +53,10 @@ def _write_digits(root: Path) -> None:
 
 def demo_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Folder with train/<digit> and val/<digit>; written on first use into `root` or the cache folder."""
-    return write_once(Path(root) if root else cache_dir() / f"digits-{SIZE}", _write_digits)
+    target = Path(root) if root else cache_dir() / f"digits-{SIZE}"
+    try:
+        return write_once(target, _write_digits)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the demo data set to {str(target)!r}: {error.strerror}; set INVOLUTION_CACHE"
+        ) from None

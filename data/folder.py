@@ -3,11 +3,13 @@
 The order is torchvision's ImageFolder: classes sorted by name, then folders, then files.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import tempfile
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +25,11 @@ def cache_dir() -> Path:
     """$INVOLUTION_CACHE, or involution/ in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "involution"
     return Path(os.environ.get("INVOLUTION_CACHE") or default)
+
+
+def cache_file(root: Path) -> Path:
+    """Where the listing of an absolute path is cached."""
+    return cache_dir() / "lists" / (hashlib.sha256(os.fsencode(root)).hexdigest()[:24] + ".npz")
 
 
 def class_folders(root: Path) -> list[str]:
@@ -51,7 +58,7 @@ def list_folder(root: Path) -> ImageList:
     """
     root = Path(os.path.abspath(root))
     classes = class_folders(root)
-    cache = cache_dir() / "lists" / (hashlib.sha256(os.fsencode(root)).hexdigest()[:24] + ".npz")
+    cache = cache_file(root)
     images = _load(cache, root, classes)
     if images is None:
         images = _scan(root, classes, cache)
@@ -67,17 +74,17 @@ def list_folder(root: Path) -> ImageList:
 
 
 def _walk(folder: bytes, inside: bytes) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
-    """Image names below a folder (relative, starting with `inside`), every folder's mtime, and the files' total size."""
-    names, sizes, folders = [], 0, []
+    """Image names below a folder (relative, starting with `inside`), folders and their mtimes, total size."""
+    names: list[bytes] = []
+    folders: list[bytes] = []
+    sizes = 0
     stamps = [(inside, os.stat(folder).st_mtime_ns)]
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
                 names.append(inside + b"/" + entry.name)
-                try:
+                with contextlib.suppress(OSError):  # a dangling link: named when it is loaded or scanned
                     sizes += entry.stat().st_size
-                except OSError:
-                    pass  # a dangling link: named when it is loaded or scanned
             elif entry.is_dir():
                 folders.append(entry.name)
     names.sort()
@@ -103,14 +110,14 @@ def _scan(root: Path, classes: list[str], cache: Path) -> ImageList:
     total = sum(part[2] for part in parts)
     if all(mtime < started - _SETTLED for _, mtime in stamps):
         folders = json.dumps([[os.fsdecode(name), mtime] for name, mtime in stamps])
-        arrays = {"block": names.block, "offsets": names.offsets, "targets": targets, "bytes": np.int64(total)}
-        _save(cache, arrays | {"folders": np.frombuffer(folders.encode(), np.uint8)})
+        arrays = {"block": names.block, "offsets": names.offsets, "targets": targets, "bytes": np.array(total)}
+        save_arrays(cache, arrays | {"folders": np.frombuffer(folders.encode(), np.uint8)})
     names.prefix = f"{root}/"
     return ImageList(names, targets, tuple(classes), total)
 
 
-def _save(cache: Path, arrays: dict) -> None:
-    """Writes the cache whole or not at all; several ranks may do so at once. A full or read-only disk only costs time."""
+def save_arrays(cache: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes whole or not at all; several ranks may do so at once. A full or read-only disk only costs time."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".npz")
@@ -118,20 +125,30 @@ def _save(cache: Path, arrays: dict) -> None:
         return
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, cache)
     except OSError:
         os.unlink(temporary)
 
 
-def _load(cache: Path, root: Path, classes: list[str]) -> ImageList | None:
-    """The cached listing, or None when there is none, it is damaged, or a folder has changed."""
+def load_arrays(cache: Path) -> dict[str, np.ndarray] | None:
+    """What `save_arrays` wrote, or None when it is missing or damaged (np.load raises errors of many types)."""
     try:
         with np.load(cache) as stored:
-            arrays = {name: stored[name] for name in stored.files}
-        stamps = json.loads(arrays["folders"].tobytes())
+            return {name: stored[name] for name in stored.files}
+    except Exception:
+        return None
+
+
+def _load(cache: Path, root: Path, classes: list[str]) -> ImageList | None:
+    """The cached listing, or None when there is none or a folder has changed."""
+    arrays = load_arrays(cache)
+    if arrays is None:
+        return None
+    stamps = json.loads(arrays["folders"].tobytes())
+    try:
         fresh = all(os.stat(root / name).st_mtime_ns == mtime for name, mtime in stamps)
-    except Exception:  # any damage: list again (np.load raises zipfile, EOF, key and value errors)
+    except OSError:
         return None
     if not fresh or [name for name, _ in stamps if "/" not in name] != classes:
         return None

@@ -13,7 +13,7 @@ from data.decode import BadImageError
 class Names(Sequence[str]):
     """Immutable sequence of file names, kept as one block of bytes and offsets.
 
-    A Python list of 1.28 M strings takes 130 MB, and every worker process that touches their reference counts copies it.
+    A Python list of 1.28 M strings takes 130 MB, and every worker process that touches them copies it.
     """
 
     def __init__(self, block: np.ndarray, offsets: np.ndarray, prefix: str = "") -> None:
@@ -52,7 +52,7 @@ class ImageList:
         paths: full path of every image (for shards the path of "shard.tar/member", for messages only).
         targets: (n,) int32 class indices.
         class_names: name of every class, sorted.
-        bytes: total size of the files.
+        total_bytes: size of all files.
         shards: paths of tar shards; empty when the images are files of their own.
         spans: (n, 3) int64 shard, offset and size of every image in shards; (0, 3) otherwise.
     """
@@ -60,7 +60,7 @@ class ImageList:
     paths: Names
     targets: np.ndarray
     class_names: tuple[str, ...]
-    bytes: int = 0
+    total_bytes: int = 0
     shards: tuple[str, ...] = ()
     spans: np.ndarray = field(default_factory=lambda: np.zeros((0, 3), np.int64))
 
@@ -88,7 +88,7 @@ class ImageList:
         names = Names.pack(self.paths.raw(int(i)) for i in keep)
         names.prefix = self.paths.prefix
         spans = self.spans[keep] if self.shards else self.spans
-        return ImageList(names, self.targets[keep], self.class_names, self.bytes, self.shards, spans)
+        return ImageList(names, self.targets[keep], self.class_names, self.total_bytes, self.shards, spans)
 
     @property
     def fingerprint(self) -> dict[str, int | str]:
@@ -100,6 +100,6 @@ class ImageList:
         return {
             "images": len(self),
             "classes": len(self.class_names),
-            "bytes": self.bytes,
+            "bytes": self.total_bytes,
             "sha256": digest.hexdigest(),
         }

@@ -20,7 +20,7 @@ Row = TypeVar("Row")
 
 
 class Batch(NamedTuple):
-    """images (b, 3, S, S) normalised, channels_last in memory; targets (b,) int64; only the first `valid` rows count."""
+    """images (b, 3, S, S) normalised, channels_last; targets (b,) int64; only the first `valid` rows count."""
 
     images: torch.Tensor
     targets: torch.Tensor

@@ -18,7 +18,7 @@ _SHUFFLE, _AUGMENT = 0, 1  # separate streams of one seed
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Philox4x32 with 10 rounds: counter (..., 4) of 32-bit words in uint64 -> (..., 4) random 32-bit words in uint64."""
+    """Philox4x32 with 10 rounds: counter (..., 4) -> random (..., 4); 32-bit words, kept in uint64."""
     c0, c1, c2, c3 = (counter[..., i].astype(np.uint64) for i in range(4))
     k0, k1 = key
     for _ in range(10):
@@ -98,8 +98,8 @@ class Plan:
     """Which positions of an epoch's order make up which step, and which rank takes them in which micro-batch.
 
     Global step s takes positions [s * GB, min((s + 1) * GB, n)). Chunk j * world_size + rank of batch_size positions is
-    this rank's micro-batch j. The last step of an epoch may be ragged: it has as many micro-batches as it needs, the same
-    number on every rank, and what is missing is filled with other samples of the epoch that do not count.
+    this rank's micro-batch j. The last step of an epoch may be ragged: it has as many micro-batches as it needs, equal
+    on every rank, and what is missing is filled with other samples of the epoch that do not count.
     """
 
     n: int
@@ -150,6 +150,6 @@ class Plan:
 
 def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
     """Finite plan of an evaluation: position p goes to rank p % world_size, equally many batches on every rank."""
-    count = -(-(-(-n // world_size)) // batch_size)
+    count = math.ceil(math.ceil(n / world_size) / batch_size)
     mine = np.arange(count * batch_size) * world_size + rank
     return [MicroBatch(0, rows % n, int((rows < n).sum())) for rows in mine.reshape(count, batch_size)]

@@ -3,6 +3,7 @@
 Shapes: b images a batch, 3 channels, S pixels a side.
 """
 
+import gc
 import signal
 from collections.abc import Iterable, Iterator
 
@@ -87,9 +88,15 @@ class TorchBackend:
 
     def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
         self._requests.requests = requests
-        return iter(self._loader)
+        gc.collect()
+        gc.freeze()  # a forked worker must not collect the parent's objects: a DALI pipeline's destructor crashes there
+        try:
+            return iter(self._loader)
+        finally:
+            gc.unfreeze()
 
     def close(self) -> None:
         iterator, self._loader._iterator = self._loader._iterator, None
-        if iterator is not None:
-            iterator._shutdown_workers()
+        shutdown = getattr(iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
