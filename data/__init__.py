@@ -1,5 +1,6 @@
 """Images for training and evaluation: data sets, and two loaders that give the same batches in the same order."""
 
+import importlib.util
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "EvalLoader",
     "ImageList",
     "TrainLoader",
+    "dali_installed",
     "eval_loader",
     "open_dataset",
     "train_loader",
@@ -124,18 +126,18 @@ def _settings(images, transform, mean, std, dtype, device, workers, decoder) -> 
     return Settings(images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder)
 
 
+def dali_installed() -> bool:
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+
+
 def _backend(loader: str, settings: Settings) -> Backend:
     """The backend by name; DALI is imported only when it is used."""
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader is {loader!r}, expected 'auto', 'dali' or 'torch'")
-    if loader != "torch":
-        try:
-            from data.dali import DaliBackend
-        except ImportError:
-            if loader == "dali":
-                raise ValueError(
-                    "loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch"
-                ) from None
-        else:
-            return DaliBackend(settings)
-    return TorchBackend(settings)
+    if loader == "torch" or (loader == "auto" and not dali_installed()):
+        return TorchBackend(settings)
+    if not dali_installed():
+        raise ValueError("loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch")
+    from data.dali import DaliBackend
+
+    return DaliBackend(settings)
