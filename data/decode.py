@@ -3,7 +3,7 @@
 import io
 import struct
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 ADVICE = "run scripts/check_dataset.py to find all such files and exclude them, or set data.on_error=skip"
 _TAIL = 64  # bytes at the end in which a complete file shows its end marker
@@ -37,6 +37,8 @@ def decode(data: bytes, path: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return image.convert("RGB")
+    except UnidentifiedImageError:
+        raise BadImageError(path, "Pillow cannot identify it as an image") from None
     except Exception as error:
         raise BadImageError(path, str(error) or type(error).__name__) from error
 

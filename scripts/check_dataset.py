@@ -1,0 +1,96 @@
+"""Decode every image of a data set and list the files that cannot be read.
+
+    python scripts/check_dataset.py ROOT [--data imagenet] [--workers N] [--output FILE]
+
+Bad files are printed and written to ROOT/excluded.txt (or FILE, to be given as data.exclude), a path and the reason a
+line; training and evaluation leave them out from then on. Without bad files the list is removed.
+Exit status: 0 all files can be read, 1 some cannot (the list is written), 2 wrong arguments or folder.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used from the checkout
+
+from data import BadImageError, open_dataset
+from data.datasets import EXCLUDED
+from data.decode import decode
+from data.image_list import ImageList
+
+CHUNK = 64  # images a task
+
+
+def _bad(images: ImageList, start: int) -> list[tuple[str, str]]:
+    """(path, reason) of the images of a chunk that cannot be read."""
+    warnings.simplefilter("ignore")  # Pillow's warnings are about files that it reads all the same
+    found = []
+    for index in range(start, min(start + CHUNK, len(images))):
+        try:
+            decode(images.read(index), images.paths[index])
+        except BadImageError as error:
+            found.append((error.path, error.reason))
+    return found
+
+
+def scan(images: ImageList, workers: int, label: str) -> Iterator[tuple[str, str]]:
+    """Decodes all images in `workers` processes; yields (path, reason) of the bad ones, in order."""
+    with multiprocessing.Pool(workers) as pool, tqdm(total=len(images), desc=label, unit="image") as bar:
+        for found in pool.imap(partial(_bad, images), range(0, len(images), CHUNK)):
+            bar.update(min(CHUNK, len(images) - bar.n))
+            yield from found
+
+
+def write_list(output: Path, bad: list[tuple[str, str]], base: Path) -> None:
+    """Writes the exclusion list whole or not at all."""
+    lines = ["# images that cannot be read, written by scripts/check_dataset.py: path, tab, reason"]
+    for path, reason in bad:
+        name = os.path.relpath(path, base).replace("\n", "\\n")
+        lines.append(f"{name}\t{' '.join(reason.split())}")
+    handle, temporary = tempfile.mkstemp(dir=output.parent)
+    with os.fdopen(handle, "wb") as file:
+        file.write(("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, output)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="folder with train/ and val/, or shards")
+    parser.add_argument("--data", default="folder", help="imagenet, imagenette, cifar10 or folder (default)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--output", type=Path, help="where to write the list (default: ROOT/excluded.txt)")
+    arguments = parser.parse_args(argv)
+    base = arguments.root.absolute()
+    output = arguments.output or base / EXCLUDED
+    try:
+        splits = open_dataset(arguments.data, base, exclude=os.devnull)
+        bad = [
+            entry
+            for label, images in zip(splits._fields, splits, strict=True)
+            for entry in scan(images, max(1, arguments.workers), label)
+        ]
+        if bad:
+            write_list(output, bad, base)
+        else:
+            output.unlink(missing_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path, reason in bad:
+        print(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
+    total = sum(len(images) for images in splits)
+    print(f"{len(bad)} of {total} images cannot be read" + (f"; they are listed in {output}" if bad else ""))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
