@@ -26,6 +26,12 @@ class Names(Sequence[str]):
         np.cumsum([len(name) for name in names], out=offsets[1:])
         return cls(np.frombuffer(b"".join(names), np.uint8), offsets)
 
+    @classmethod
+    def join(cls, parts: Sequence["Names"]) -> "Names":
+        lengths = [np.diff(part.offsets) for part in parts]
+        offsets = np.concatenate([np.zeros(1, np.int64), *lengths])
+        return cls(np.concatenate([part.block for part in parts]), np.cumsum(offsets, out=offsets))
+
     def raw(self, index: int) -> bytes:
         """Without the prefix, as the file system spells it."""
         return self.block[self.offsets[index] : self.offsets[index + 1]].tobytes()
@@ -93,9 +99,9 @@ class ImageList:
     @property
     def fingerprint(self) -> dict[str, int | str]:
         """Counts, total size and a hash over names, classes and order: equal on all ranks and after a resume."""
-        digest = hashlib.sha256(self.paths.block.tobytes())
-        for part in (self.paths.offsets, self.targets):
-            digest.update(np.ascontiguousarray(part).tobytes())
+        digest = hashlib.sha256()
+        for part in (self.paths.block, self.paths.offsets, self.targets):
+            digest.update(np.ascontiguousarray(part))
         digest.update("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         return {
             "images": len(self),

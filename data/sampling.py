@@ -14,6 +14,7 @@ import numpy as np
 CANDIDATES = 10  # windows RandomResizedCrop tries before it falls back to a central crop
 DRAWS = 4 * CANDIDATES + 1  # area, ratio, top, left of every candidate, then the flip
 _MASK = np.uint64(0xFFFFFFFF)
+_CHUNK = 1 << 14  # samples numbered at once: stays in the cache
 _SHUFFLE, _AUGMENT = 0, 1  # separate streams of one seed
 
 
@@ -45,8 +46,11 @@ def _words(seed: int, epoch: int, stream: int, indices: np.ndarray, blocks: int)
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
     """The order (n,) of an epoch: sample indices sorted by a random 64-bit number each (a true global shuffle)."""
-    words = _words(seed, epoch, _SHUFFLE, np.arange(n), 1)
-    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable").astype(np.int32)
+    keys = np.empty(n, np.uint64)
+    for start in range(0, n, _CHUNK):
+        words = _words(seed, epoch, _SHUFFLE, np.arange(start, min(start + _CHUNK, n)), 1)
+        keys[start : start + _CHUNK] = words[:, 0] << np.uint64(32) | words[:, 1]
+    return np.argsort(keys, kind="stable").astype(np.int32)
 
 
 def draws(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
