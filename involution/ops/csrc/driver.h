@@ -89,14 +89,24 @@ struct Division {
     }
 };
 
-template <class A, class F>
-void each_tile(const Problem& p, const Unit& unit, F f) {
-    const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / (unit.groups() * p.taps()));
-    const int64_t rows = std::max<int64_t>(1, budget / p.out_width), columns = std::min(budget, p.out_width);
-    for (int64_t i = unit.row; i < unit.last_row; i += rows)
-        for (int64_t j = 0; j < p.out_width; j += columns)
-            f(Tile<A>{i, std::min(i + rows, unit.last_row), j, std::min(j + columns, p.out_width), nullptr, 0, 0});
-}
+// Whole rows to a tile, or, where one row is too much, part of a row.
+template <class A>
+struct Tiling {
+    int64_t rows, columns;
+
+    Tiling(const Problem& p, const Unit& unit) {
+        const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / (unit.groups() * p.taps()));
+        rows = std::max<int64_t>(1, std::min(budget / p.out_width, unit.last_row - unit.row));
+        columns = std::min(budget, p.out_width);
+    }
+
+    template <class F>
+    void each(const Problem& p, const Unit& unit, F f) const {
+        for (int64_t i = unit.row; i < unit.last_row; i += rows)
+            for (int64_t j = 0; j < p.out_width; j += columns)
+                f(Tile<A>{i, std::min(i + rows, unit.last_row), j, std::min(j + columns, p.out_width), nullptr, 0, 0});
+    }
+};
 
 template <int P>
 using Count = std::integral_constant<int, P>;
@@ -146,7 +156,7 @@ NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& ti
     int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
     const int64_t width = p.group_channels();
     for (int64_t i = tile.row; i < tile.last_row; ++i)
-        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) {
+        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) INLINED {
             constexpr int P = decltype(pixels)::value;
             int64_t first, last;
             inside_rows(w, i, first, last);
@@ -154,9 +164,34 @@ NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& ti
             const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
             A* to = out + (i * p.out_width + j) * p.channels;
             for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
-                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) {
+                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
                     Block<A, K, S, P, decltype(lanes)::value>::forward(
                         p.size, first, last, x + c, places, kernel, tile.pixel_step, to + c, p.channels);
+                });
+        });
+}
+
+// The same, backward: adds to grad_x, the image of the input gradient (dense channels_last, zeroed by the caller).
+// `outside` leads from grad_x to memory for the additions that fall outside the image.
+template <class A, int K, int S>
+NOINLINE void tile_grad_input(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* grad, A* grad_x,
+                              int64_t outside) {
+    const Window w = p.window();
+    const Places steps{p.width * p.channels, p.channels, outside};
+    int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
+    const int64_t width = p.group_channels();
+    for (int64_t i = tile.row; i < tile.last_row; ++i)
+        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) INLINED {
+            constexpr int P = decltype(pixels)::value;
+            int64_t first, last;
+            inside_rows(w, i, first, last);
+            find_places<Block<A, K, S, P, 1>::X>(w, steps, i, j, P, places);
+            const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
+            const A* from = grad + (i * p.out_width + j) * p.channels;
+            for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
+                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
+                    Block<A, K, S, P, decltype(lanes)::value>::grad_input(
+                        p.size, first, last, grad_x + c, places, kernel, tile.pixel_step, from + c, p.channels);
                 });
         });
 }

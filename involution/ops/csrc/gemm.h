@@ -15,20 +15,20 @@ INLINE void gemm_block(int64_t depth, const A* __restrict a, int64_t a_row, int6
     typedef Vec<A> V;
     constexpr int L = kLanes<A>;
     V sum[ROWS][COLS];
-    unroll<ROWS>([&](auto i) {
-        unroll<COLS>([&](auto j) {
+    unroll<ROWS>([&](auto i) INLINED {
+        unroll<COLS>([&](auto j) INLINED {
             sum[i][j] = add ? load<V>(c + i * c_row + j * L) : bias ? load<V>(bias + j * L) : V{};
         });
     });
     for (int64_t k = 0; k < depth; ++k, a += a_step, b += b_step) {
         V column[COLS];
-        unroll<COLS>([&](auto j) { column[j] = load<V>(b + j * L); });
-        unroll<ROWS>([&](auto i) {
+        unroll<COLS>([&](auto j) INLINED { column[j] = load<V>(b + j * L); });
+        unroll<ROWS>([&](auto i) INLINED {
             const V value = a[i * a_row] - V{};
-            unroll<COLS>([&](auto j) { sum[i][j] += value * column[j]; });
+            unroll<COLS>([&](auto j) INLINED { sum[i][j] += value * column[j]; });
         });
     }
-    unroll<ROWS>([&](auto i) { unroll<COLS>([&](auto j) { store(c + i * c_row + j * L, sum[i][j]); }); });
+    unroll<ROWS>([&](auto i) INLINED { unroll<COLS>([&](auto j) INLINED { store(c + i * c_row + j * L, sum[i][j]); }); });
 }
 
 template <class A, int COLS, int ROWS = kBlockRows>

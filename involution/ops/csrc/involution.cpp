@@ -2,7 +2,7 @@
 // together in the type of the sums; else tile by tile through a converted copy.
 #include <cstring>
 
-#include "backward.h"
+#include "planes.h"
 
 typedef uint16_t Half;  // bfloat16
 
@@ -72,7 +72,7 @@ void forward(const Problem& p, const A* x, const T* kernel, A* out) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const A* image = x + unit.image * p.x_batch;
-            each_tile<A>(p, unit, [&](Tile<A> tile) {
+            Tiling<A>(p, unit).each(p, unit, [&](Tile<A> tile) {
                 const T* from = kernel + unit.image * p.kernel_batch;
                 tile = place_tile<A>(p, unit, tile, from);
                 if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
@@ -89,27 +89,32 @@ void forward(const Problem& p, const A* x, const T* kernel, A* out) {
 template <class A, class T>
 void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* grad_x, T* grad_kernel) {
     const Division division(p, false);
-    const std::vector<A> zeros(p.channels, A(0));
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
-            const A* image = x + unit.image * p.x_batch;
-            const int64_t in = unit.image * p.height * p.width * p.channels;
-            const int64_t out = unit.image * p.out_height * p.out_width * p.channels;
-            const Gradients<A> d{image, grad + out, grad_x ? grad_x + in : nullptr, zeros.data() - image,
-                                 scratch<A>(3, p.channels)};
-            each_tile<A>(p, unit, [&](Tile<A> tile) {
-                const T* from = kernel + unit.image * p.kernel_batch;
-                Tile<A> source = place_tile<A>(p, unit, tile, from), into = tile;
-                if (!in_place<A, T>(p)) each_value(p, unit, source, from, [](T v, A& w) { w = widen(v); });
-                if (grad_kernel) into = place_tile<A>(p, unit, tile, grad_kernel + unit.image * p.kernel_batch);
-                with_window<A>(p, [&](auto k, auto s) {
-                    tile_backward<A, decltype(k)::value, decltype(s)::value>(p, unit, source, into, d);
+            const Tiling<A> tiling(p, unit);
+            const T* from = kernel + unit.image * p.kernel_batch;
+            const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
+            if (grad_x) {
+                A* to = grad_x + unit.image * p.height * p.width * p.channels;
+                const int64_t outside = scratch<A>(1, p.channels) - to;
+                tiling.each(p, unit, [&](Tile<A> tile) {
+                    tile = place_tile<A>(p, unit, tile, from);
+                    if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
+                    with_window<A>(p, [&](auto k, auto s) {
+                        tile_grad_input<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, grads, to, outside);
+                    });
                 });
-                if (grad_kernel && !in_place<A, T>(p))
-                    each_value(p, unit, into, grad_kernel + unit.image * p.kernel_batch,
-                               [](T& v, A w) { narrow(w, &v); });
-            });
+            }
+            if (grad_kernel) {
+                T* to = grad_kernel + unit.image * p.kernel_batch;
+                Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
+                tiling.each(p, unit, [&](Tile<A> tile) {
+                    tile = place_tile<A>(p, unit, tile, to);
+                    tile_grad_kernel(p, unit, tile, planes, grads);
+                    if (!in_place<A, T>(p)) each_value(p, unit, tile, to, [](T& v, A w) { narrow(w, &v); });
+                });
+            }
         });
     });
 }

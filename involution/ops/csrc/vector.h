@@ -13,6 +13,7 @@ constexpr int kRegisterBytes = 16;
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // on a lambda: inlined early enough for its captures to be registers
 #define NOINLINE __attribute__((noinline))  // one copy of what is big: it keeps the build short
 
 template <class A>
@@ -61,45 +62,3 @@ template <>
 struct IndexOf<double> {
     typedef int64_t type;
 };
-
-// One level of the transpose-and-add tree. a and b each hold H sums, leaf-major, spread over N/H lanes; the result holds
-// the 2H sums of both, spread over half as many lanes.
-template <class A, int N, int H, size_t... L>
-INLINE Vec<A, N> fold_pair(Vec<A, N> a, Vec<A, N> b, std::index_sequence<L...>) {
-    typedef typename IndexOf<A>::type I;
-    typedef Vec<I, N> M;
-    constexpr int half = N / (2 * H);
-    const M low = {I((int(L) / half) * 2 * half + int(L) % half)...};
-    const M high = low + half;
-    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
-}
-
-// Sums of N vectors of N lanes each: lane i of the result is the sum of all lanes of v[i]. Overwrites v.
-template <class A, int N>
-INLINE Vec<A, N> sum_each(Vec<A, N>* v) {
-    if constexpr (N == 1) {
-        return v[0];
-    } else {
-        auto level = [&](auto self, auto h) {
-            constexpr int H = decltype(h)::value;
-            unroll<N / (2 * H)>([&](auto i) {
-                v[i] = fold_pair<A, N, H>(v[2 * i], v[2 * i + 1], std::make_index_sequence<N>{});
-            });
-            if constexpr (2 * H < N) self(self, std::integral_constant<int, 2 * H>{});
-        };
-        level(level, std::integral_constant<int, 1>{});
-        return v[0];
-    }
-}
-
-template <class A, int N>
-INLINE A sum_lanes(Vec<A, N> v) {
-    if constexpr (N == 1) {
-        return v;
-    } else {
-        Vec<A, N / 2> low, high;
-        __builtin_memcpy(&low, &v, sizeof low);
-        __builtin_memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
-        return sum_lanes<A, N / 2>(low + high);
-    }
-}

@@ -1,4 +1,4 @@
-// The sliding window: forward, gradient of the input, gradient of the kernels, for a few output pixels of one row.
+// The sliding window, forward and gradient of the input, for a few neighbouring output pixels of one row.
 // Channels are innermost in memory; one register holds channels of one group, which share their kernel values.
 //
 // Neighbouring pixels share inputs, so with P pixels at once each loaded input serves up to K multiply-adds. Where a
@@ -45,6 +45,15 @@ INLINE void inside_rows(const Window& w, int64_t i, int64_t& first, int64_t& las
     if (first > last) first = last;
 }
 
+// One pointer a pixel, opaque to the compiler: it would keep an address for every tap instead, more than it has registers.
+template <int P, class A>
+INLINE void pixel_taps(const A* kernel, int64_t step, const A** out) {
+    unroll<P>([&](auto p) INLINED {
+        out[p] = kernel + p * step;
+        asm("" : "+r"(out[p]));
+    });
+}
+
 // K, S: kernel size and stride as constants (K = 0: take them from the window); P: pixels; N: lanes.
 template <class A, int K, int S, int P, int N>
 struct Block {
@@ -58,20 +67,21 @@ struct Block {
         for (int64_t u = first; u < last; ++u) {
             if constexpr (K > 0) {
                 const int64_t* row = places + u * X;
-                const A* taps = kernel + u * K;
-                unroll<X>([&](auto i) {
+                const A* taps[P];
+                pixel_taps<P>(kernel + u * K, kernel_step, taps);
+                unroll<X>([&](auto i) INLINED {
                     const V value = load<V>(x + row[i]);
-                    unroll<P>([&](auto p) {
+                    unroll<P>([&](auto p) INLINED {
                         constexpr int v = i - p * S;
-                        if constexpr (v >= 0 && v < K) sum[p] += taps[p * kernel_step + v] * value;
+                        if constexpr (v >= 0 && v < K) sum[p] += taps[p][v] * value;
                     });
                 });
             } else {
                 for (int64_t t = u * size; t < (u + 1) * size; ++t)
-                    unroll<P>([&](auto p) { sum[p] += kernel[p * kernel_step + t] * load<V>(x + places[t * P + p]); });
+                    unroll<P>([&](auto p) INLINED { sum[p] += kernel[p * kernel_step + t] * load<V>(x + places[t * P + p]); });
             }
         }
-        unroll<P>([&](auto p) { store(out + p * out_step, sum[p]); });
+        unroll<P>([&](auto p) INLINED { store(out + p * out_step, sum[p]); });
     }
 
     // Adds to grad_input: the same loads, each input position kept in a register while its taps are added.
@@ -79,22 +89,23 @@ struct Block {
                                   const int64_t* __restrict places, const A* __restrict kernel, int64_t kernel_step,
                                   const A* __restrict grad, int64_t grad_step) {
         V value[P];
-        unroll<P>([&](auto p) { value[p] = load<V>(grad + p * grad_step); });
+        unroll<P>([&](auto p) INLINED { value[p] = load<V>(grad + p * grad_step); });
         for (int64_t u = first; u < last; ++u) {
             if constexpr (K > 0) {
                 const int64_t* row = places + u * X;
-                const A* taps = kernel + u * K;
-                unroll<X>([&](auto i) {
+                const A* taps[P];
+                pixel_taps<P>(kernel + u * K, kernel_step, taps);
+                unroll<X>([&](auto i) INLINED {
                     V sum = load<V>(x + row[i]);
-                    unroll<P>([&](auto p) {
+                    unroll<P>([&](auto p) INLINED {
                         constexpr int v = i - p * S;
-                        if constexpr (v >= 0 && v < K) sum += taps[p * kernel_step + v] * value[p];
+                        if constexpr (v >= 0 && v < K) sum += taps[p][v] * value[p];
                     });
                     store(x + row[i], sum);
                 });
             } else {
                 for (int64_t t = u * size; t < (u + 1) * size; ++t)
-                    unroll<P>([&](auto p) {
+                    unroll<P>([&](auto p) INLINED {
                         A* at = x + places[t * P + p];
                         store(at, V(load<V>(at) + kernel[p * kernel_step + t] * value[p]));
                     });
@@ -102,26 +113,3 @@ struct Block {
         }
     }
 };
-
-// Dot products of one pixel's gradient with every tap, over the channels of one group: N taps at a time in N registers,
-// then summed across lanes by a tree of shuffles that yields them side by side, as they lie in memory.
-template <class A, int N>
-INLINE void grad_kernel(int64_t taps, int64_t channels, const A* __restrict x, const int64_t* __restrict places,
-                        const A* __restrict grad, A* __restrict out, bool add) {
-    typedef Vec<A, N> V;
-    int64_t t = 0;
-    for (; t + N <= taps; t += N) {
-        V sum[N] = {};
-        for (int64_t c = 0; c + N <= channels; c += N) {
-            const V value = load<V>(grad + c);
-            unroll<N>([&](auto n) { sum[n] += value * load<V>(x + places[t + n] + c); });
-        }
-        const V total = sum_each<A, N>(sum);
-        store(out + t, add ? V(load<V>(out + t) + total) : total);
-    }
-    for (; t < taps; ++t) {
-        V sum = {};
-        for (int64_t c = 0; c + N <= channels; c += N) sum += load<V>(grad + c) * load<V>(x + places[t] + c);
-        out[t] = sum_lanes<A, N>(sum) + (add ? out[t] : A(0));
-    }
-}
