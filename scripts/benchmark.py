@@ -1,0 +1,74 @@
+"""Measure the operator, the models, the training loop and the data loaders of this repository.
+
+    python scripts/benchmark.py op                      the operator: every stage of RedNet-50, every backend, the roofline
+    python scripts/benchmark.py model                   RedNets against ResNets: inference, training, memory, Table 2
+    python scripts/benchmark.py loop                    the trainer's step against a bare loop
+    python scripts/benchmark.py data FOLDER             loaders, model, and which of the two is the bottleneck
+    python scripts/benchmark.py op --out docs/benchmarks/op       also writes op.md and op.json, with the command
+
+What is compared runs interleaved (A B C, C B A, ...) in one process; figures are medians, ratios are medians of the ratios
+within a round with their quartiles in brackets. Peak memory is taken in a fresh process each.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for `data`, which is no installed package
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler need not say when it starts
+
+# Freed memory stays with the process, so that page faults (1.2 to 4 times on CPU operators) do not drown the kernels.
+TUNED = {"MALLOC_TRIM_THRESHOLD_": 2**36, "MALLOC_MMAP_THRESHOLD_": 2**36, "MALLOC_TOP_PAD_": 2**28}
+
+
+def common_options() -> argparse.ArgumentParser:
+    """The options of every subcommand."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--threads", type=int, default=os.cpu_count(), help="torch's CPU threads (default: all cores)")
+    common.add_argument("--repeats", type=int, default=7, help="interleaved rounds (default 7)")
+    common.add_argument(
+        "--allocator",
+        choices=("tuned", "default"),
+        default="tuned",
+        help="tuned: start again with MALLOC_* set so that freed memory is kept, for all sides alike (default)",
+    )
+    common.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
+    )
+    common.add_argument("--out", type=Path, metavar="NAME", help="write NAME.md and NAME.json")
+    common.add_argument("--quick", action="store_true", help="tiny shapes and one round: does it run?")
+    return common
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{op,model,loop,data}")
+    from benchmarks import data_loading, loop, model, op
+
+    for module in (op, model, loop, data_loading):
+        module.add_command(commands, common_options())
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    tuned = {name: str(value) for name, value in TUNED.items()}
+    if args.allocator == "tuned" and any(os.environ.get(name) != value for name, value in tuned.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | tuned)
+    import torch
+    from benchmarks.machine import conditions
+    from benchmarks.report import Report
+
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.repeats = 1 if args.quick else args.repeats
+    torch.set_num_threads(args.threads)
+    report = Report(args.title, conditions(args))
+    args.run(args, report)
+    report.finish(args.out)
+
+
+if __name__ == "__main__":
+    main()

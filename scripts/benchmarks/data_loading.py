@@ -1,0 +1,237 @@
+"""The loaders against their peers, the model alone, both together, and which of the two holds the other up.
+
+Every turn builds a loader, lets it fill its queues and runs it for a while; turns of all loaders are interleaved.
+"""
+
+import argparse
+import gc
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import data
+import torch
+from involution import create_model
+
+from benchmarks import timing
+from benchmarks.fresh import fresh, resident
+from benchmarks.loop import bare, make_optimizer
+from benchmarks.report import Report, Row
+
+FILL = 8  # batches taken before the clock starts: more than any queue holds
+Source = tuple[Iterator[Any], Callable[[], None]]  # batches without end, and how to stop
+
+
+def our_loader(root: str, loader: str, batch: int, side: int, workers: int, device: str) -> Source:
+    images = data.open_dataset("folder", root).train
+    made = data.train_loader(
+        images, batch_size=batch, global_batch_size=batch, seed=0, train_size=side, loader=loader, workers=workers,
+        device=device, decoder="mixed" if device == "cuda" else "cpu",
+    )  # fmt: skip
+    return iter(made), made.close
+
+
+def torchvision_loader(root: str, batch: int, side: int, workers: int, device: str) -> Source:
+    """A well-set DataLoader: Pillow, persistent workers, four batches ahead, normalised in the worker."""
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision import datasets, transforms
+
+    steps = [
+        transforms.RandomResizedCrop(side), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+    ]  # fmt: skip
+    images = datasets.ImageFolder(str(Path(root) / "train"), transforms.Compose(steps))
+    loader = DataLoader(
+        images, batch, sampler=RandomSampler(images, num_samples=batch * 10**4), num_workers=workers,
+        prefetch_factor=4 if workers else None, pin_memory=device == "cuda", drop_last=True,
+    )  # fmt: skip
+    gc.freeze()  # a worker must not run the destructors of the parent's DALI pipelines
+    iterator = iter(loader)
+    gc.unfreeze()
+
+    def close() -> None:
+        if workers:
+            iterator._shutdown_workers()
+
+    return iterator, close
+
+
+def bare_dali(root: str, batch: int, side: int, workers: int, device: str) -> Source:
+    """DALI's own reader with its own random crop: no order of ours, no exact resume, no Pillow parity."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    mixed = device == "cuda"
+
+    @pipeline_def(batch_size=batch, num_threads=max(1, workers), device_id=0 if mixed else None, prefetch_queue_depth=4)
+    def pipeline() -> Any:
+        encoded, targets = fn.readers.file(file_root=str(Path(root) / "train"), random_shuffle=True, name="reader")
+        pixels = fn.decoders.image_random_crop(
+            encoded, device="mixed" if mixed else "cpu", output_type=types.RGB, random_area=[0.08, 1.0]
+        )
+        pixels = fn.resize(pixels, size=[side, side], antialias=True)
+        return fn.crop_mirror_normalize(
+            pixels, mirror=fn.random.coin_flip(), output_layout="HWC", dtype=types.FLOAT,
+            mean=[255 * v for v in data.IMAGENET_MEAN], std=[255 * v for v in data.IMAGENET_STD],
+        ), targets  # fmt: skip
+
+    pipe: Any = pipeline()
+    pipe.build()
+
+    def batches() -> Iterator[Any]:
+        while True:
+            pixels, _ = pipe.run()
+            yield torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2)
+
+    return batches(), lambda: None
+
+
+def sources(root: str, args: argparse.Namespace) -> dict[str, Callable[[], Source]]:
+    """Every loader that can run here."""
+    rest = (args.batch, args.side, args.workers, args.device)
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        dali: dict[str, Callable[[], Source]] = {}
+    else:
+        dali = {
+            "data.loader=dali": lambda: our_loader(root, "dali", *rest),
+            "DALI readers.file (peer)": lambda: bare_dali(root, *rest),
+        }
+    return dali | {
+        "data.loader=torch": lambda: our_loader(root, "torch", *rest),
+        "torchvision DataLoader (peer)": lambda: torchvision_loader(root, *rest),
+    }
+
+
+def rate(make: Callable[[], Source], batches: int, batch: int, device: str, step: Callable[[Any], Any] | None) -> float:
+    """Images/s of a turn: a new loader, its queues filled, then `batches` batches, each given to `step`."""
+    iterator, close = make()
+    for item in itertools.islice(iterator, 1 if step else FILL):
+        _ = step(item) if step else None
+    timing.synchronize(device)
+    begin = time.perf_counter()
+    for item in itertools.islice(iterator, batches):
+        _ = step(item) if step else None
+    timing.synchronize(device)
+    seconds = time.perf_counter() - begin
+    del iterator
+    close()
+    gc.collect()
+    return batches * batch / seconds
+
+
+def load_only(root: str, args: argparse.Namespace, report: Report) -> dict[str, float]:
+    made = sources(root, args)
+    rates: timing.Samples = {name: [] for name in made}
+    for i in range(args.repeats):
+        for name in reversed(made) if i % 2 else made:
+            rates[name].append(rate(made[name], args.batches, args.batch, args.device, None))
+    rows: list[Row] = []
+    for name, values in rates.items():
+        row: Row = {"loader": name, "images/s": median(values)}
+        for peer in (peer for peer in made if peer.endswith("(peer)")):
+            row[f"/ {peer}"] = timing.spread([a / b for a, b in zip(values, rates[peer])]) if peer != name else None
+        rows.append(row)
+    report.table(
+        "Loading only", rows, f"Batches of {args.batch}, random resized crops of {args.side}, {args.workers} workers."
+    )
+    return {name: median(values) for name, values in rates.items()}
+
+
+def together(root: str, loading: dict[str, float], args: argparse.Namespace, report: Report) -> None:
+    """A training step on synthetic images, and the same fed by each of our loaders."""
+    from data import Batch
+
+    torch.manual_seed(0)
+    model = create_model(args.model, num_classes=1000).to(args.device).to(memory_format=torch.channels_last).train()
+    optimizer = make_optimizer(model)
+    images = torch.randn(args.batch, 3, args.side, args.side, device=args.device)
+    synthetic = Batch(
+        images.contiguous(memory_format=torch.channels_last),
+        torch.randint(10, (args.batch,), device=args.device),
+        args.batch,
+    )
+
+    def step(batch: Any) -> None:
+        moved = [t.to(args.device, non_blocking=True) for t in (batch.images, batch.targets)]
+        bare(model, Batch(*moved, args.batch), optimizer)()
+
+    made = {"synthetic": lambda: (itertools.repeat(synthetic), lambda: None)}
+    made |= {name: make for name, make in sources(root, args).items() if name.startswith("data.")}
+    rates: timing.Samples = {name: [] for name in made}
+    for _ in range(max(1, args.repeats // 2)):
+        for name in made:
+            rates[name].append(rate(made[name], max(2, args.batches // 8), args.batch, args.device, step))
+    alone = median(rates["synthetic"])
+    rows = [
+        {
+            "loader": name, "loading only (images/s)": loading.get(name), "model only (images/s)": alone,
+            "end to end (images/s)": median(values), "end to end / model only": median(values) / alone,
+        }
+        for name, values in rates.items() if name != "synthetic"
+    ]  # fmt: skip
+    report.table(f"Training {args.model}, batch {args.batch}", rows)
+    for row in rows:
+        loader, fast = row["loader"], row["loading only (images/s)"]
+        slower = "the model" if alone < fast else "the loader"
+        report.verdict(f"{loader}: {slower} is the bottleneck (loading {fast:.0f}, model {alone:.0f} images/s).")
+
+
+def memory_over_epochs(root: str, loader: str, batch: int, side: int, workers: int, epochs: int) -> list[float]:
+    """Resident MiB of this process and its workers after each epoch (run in a fresh process)."""
+    images = data.open_dataset("folder", root).train
+    made = data.train_loader(
+        images, batch_size=batch, global_batch_size=batch, seed=0, train_size=side, loader=loader, workers=workers
+    )
+    sizes = []
+    for _ in range(epochs):
+        for _ in range(made.steps_per_epoch):
+            next(made)
+        sizes.append(resident())
+    made.close()
+    return sizes
+
+
+def memory(root: str, args: argparse.Namespace, report: Report) -> None:
+    epochs = 3 if args.quick else 20
+    rows = []
+    for loader in ("dali", "torch") if "data.loader=dali" in sources(root, args) else ("torch",):
+        sizes = fresh(memory_over_epochs, root, loader, args.batch, args.side, args.workers, epochs)
+        rows.append(
+            {
+                "loader": loader, "after epoch 1 (MiB)": sizes[0], f"after epoch {epochs // 2}": sizes[epochs // 2 - 1],
+                f"after epoch {epochs}": sizes[-1], "growth since epoch 2 (MiB an epoch)": (sizes[-1] - sizes[1]) / (epochs - 2),
+            }
+        )  # fmt: skip
+    report.table(f"Resident memory over {epochs} epochs, with the workers", rows, "Fresh processes, default allocator.")
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    if args.quick:
+        args.batch, args.batches, args.side, args.model = 4, 2, 32, "rednet26"
+    splits = data.open_dataset("folder", args.root)
+    sample = [splits.train.read(i) for i in range(min(200, len(splits.train)))]
+    kib = sum(map(len, sample)) / len(sample) / 1024
+    report.verdict(f"Data: {len(splits.train)} training images, {kib:.0f} KiB each on average.")
+    loading = load_only(args.root, args, report)
+    if not args.loading_only:
+        together(args.root, loading, args, report)
+        memory(args.memory_root or args.root, args, report)
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("data", parents=[common], help="the loaders", description=__doc__)
+    parser.add_argument("root", help="folder with train/<class>/ and val/<class>/")
+    parser.add_argument("--batch", type=int, default=64, help="images a batch (default 64)")
+    parser.add_argument("--batches", type=int, default=24, help="batches a turn (default 24)")
+    parser.add_argument("--side", type=int, default=224, help="of the crops (default 224)")
+    parser.add_argument("--workers", type=int, default=2, help="processes or threads that decode (default 2)")
+    parser.add_argument("--model", default="rednet50", help="default rednet50")
+    parser.add_argument("--loading-only", action="store_true", help="neither the model nor memory")
+    parser.add_argument(
+        "--memory-root", help="a smaller data set for the 20 epochs of the memory test (default: the same)"
+    )
+    parser.set_defaults(run=run, title="Data loading")

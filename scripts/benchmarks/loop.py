@@ -1,0 +1,145 @@
+"""The trainer's step against a bare loop with the same model, optimizer and synthetic batch.
+
+The trainer really runs `fit`. Its loader is where the two alternate: every time the trainer asks for a batch, the loader
+first takes the time since its last answer, which is one step of the trainer, and then times one step of the bare loop.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from data import Batch
+from involution import create_model
+from involution.engine.distributed import World
+from involution.engine.optim import cosine
+from involution.engine.options import TrainOptions
+from involution.engine.run import RunFolder
+from involution.engine.task import Classification
+from involution.engine.trainer import Trainer
+from torch import nn
+
+from benchmarks import timing
+from benchmarks.machine import fill_heap
+from benchmarks.report import Report, Row
+
+WARM_UP = 3
+LR, SMOOTHING = 1e-3, 0.1
+
+
+class AlternatingLoader:
+    """The trainer's loader protocol, around a bare step; `block` steps of either side make one sample."""
+
+    def __init__(self, batch: Batch, bare_step: Callable[[], object], steps: int, block: int, device: str) -> None:
+        self.batch, self.bare_step, self.block, self.device = batch, bare_step, block, device
+        self.steps_per_epoch = steps
+        self.samples: timing.Samples = {"trainer": [], "bare loop": []}
+        self.handed_out = 0
+        self._begin = 0.0
+
+    def micro_batches(self, step: int) -> int:
+        return 1
+
+    def seek(self, step: int) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self.handed_out % self.block == 0:
+            timing.synchronize(self.device)
+            now = time.perf_counter()
+            if self.handed_out:
+                self.samples["trainer"].append((now - self._begin) / self.block)
+            for _ in range(self.block):
+                self.bare_step()
+            timing.synchronize(self.device)
+            self._begin = time.perf_counter()
+            if self.handed_out:
+                self.samples["bare loop"].append((self._begin - now) / self.block)
+        self.handed_out += 1
+        return self.batch
+
+
+def make_model(name: str, device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model(name, num_classes=100).to(device).to(memory_format=torch.channels_last).train()
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4, fused=True)
+
+
+def bare(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    def step() -> None:
+        F.cross_entropy(model(batch.images), batch.targets, label_smoothing=SMOOTHING).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def options(batch_size: int) -> TrainOptions:
+    """The defaults of conf/train.yaml; checkpoints come once, after the last step."""
+    return TrainOptions(
+        epochs=1, global_batch_size=batch_size, batch_size=batch_size, label_smoothing=SMOOTHING, precision="fp32",
+        compile=False, channels_last=True, sync_batchnorm=False, clip_grad_norm=None, ema_decay=None,
+        exclude_from_decay="none", resume="never", max_steps=None, max_bad_steps=10, log_every_steps=50,
+        evaluate_every_epochs=1, checkpoint_every_steps=None, checkpoint_every_minutes=None, keep_checkpoints=1,
+    )  # fmt: skip
+
+
+def measure(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
+    images = torch.randn(batch_size, 3, side, side, device=args.device).contiguous(memory_format=torch.channels_last)
+    batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
+    block = 10 if args.device == "cuda" else 1  # a synchronisation a step would hide what the trainer costs a GPU
+    steps = (WARM_UP + args.repeats) * block + 1
+    model, other = make_model(name, args.device), make_model(name, args.device)
+    loader = AlternatingLoader(batch, bare(other, batch, make_optimizer(other)), steps, block, args.device)
+    world = World(0, 1, torch.device(args.device))
+    with tempfile.TemporaryDirectory() as folder:
+        run_folder = RunFolder(Path(folder) / "run", world)
+        run_folder.open()
+        trainer = Trainer(
+            model, Classification(SMOOTHING), make_optimizer(model), cosine(LR, steps), loader, [batch],
+            train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world, run=run_folder,
+            extra_state={"config": {}, "class_names": []},
+        )  # fmt: skip
+        trainer.fit()
+    samples = {case: times[WARM_UP:] for case, times in loader.samples.items()}
+    return {
+        "model": name, "images": f"{batch_size} x {side} x {side}",
+        "trainer (ms)": timing.ms(samples, "trainer"), "bare loop (ms)": timing.ms(samples, "bare loop"),
+        "trainer / bare loop": timing.ratio(samples, "trainer", "bare loop"),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    logging.getLogger("involution").setLevel(logging.ERROR)  # it would complain about the loader
+    fill_heap(0.1 if args.quick else 2)
+    setups = ["rednet26:32:2"] if args.quick else args.setup
+    rows = []
+    for setup in setups:
+        name, side, batch_size = setup.split(":")
+        rows.append(measure(name, int(side), int(batch_size), args))
+    report.table("A training step", rows, "Forward, backward, SGD with momentum, label smoothing; synthetic images.")
+    worst = max(row["trainer / bare loop"].median for row in rows)
+    report.verdict(f"The trainer takes at most {100 * (worst - 1):.1f} % more than the bare loop.")
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser(
+        "loop", parents=[common], help="the trainer's overhead", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--setup", nargs="+", default=["rednet26:64:16", "rednet50:224:8"], metavar="MODEL:SIDE:BATCH",
+        help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8",
+    )  # fmt: skip
+    parser.set_defaults(run=run, title="The cost of the training loop", repeats=25)

@@ -1,0 +1,247 @@
+"""RedNets against the ResNets of the same depth: inference, a training step, memory, where the time goes, Table 2.
+
+Each side runs in every variant, all interleaved; what counts is best against best.
+"""
+
+import argparse
+import copy
+import csv
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from involution import create_model
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from benchmarks import timing
+from benchmarks.breakdown import breakdown
+from benchmarks.fresh import PeakMemory, fresh
+from benchmarks.machine import REPOSITORY, fill_heap
+from benchmarks.report import Report, Row
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+Call = Callable[[], Any]
+
+
+def images(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def trained(name: str, side: int, device: str) -> nn.Module:
+    """A model whose BatchNorm has seen data; without that a fresh RedNet overflows in evaluation."""
+    torch.manual_seed(0)
+    model = create_model(name).to(device).to(memory_format=torch.channels_last)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the plain average
+    with torch.no_grad():
+        model(images(4, side, device, torch.float32))
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """A copy in which every convolution has taken up the BatchNorm right behind it."""
+
+    def fold(module: nn.Module) -> None:
+        children = list(module.named_children())
+        for (first, conv), (second, norm) in zip(children, children[1:]):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
+                setattr(module, second, nn.Identity())
+        for _, child in children:
+            fold(child)
+
+    model = copy.deepcopy(model)
+    fold(model)
+    return model
+
+
+def frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Compiled by inductor with the weights as constants, which folds and packs them too."""
+    compiled = torch.compile(model, dynamic=False)
+
+    def call(x: Tensor) -> Tensor:
+        with torch._inductor.config.patch(freezing=True):
+            return compiled(x)
+
+    return call
+
+
+def inference_variants(name: str, args: argparse.Namespace) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Variant -> callable; all give the same logits."""
+    dtype = DTYPES[args.dtype]
+    model = trained(name, args.side, args.device)
+    variants: dict[str, Any] = {"eager": model.to(dtype), "folded": folded(model.float()).to(dtype)}
+    if args.compile:
+        variants["compiled"] = frozen(copy.deepcopy(variants["folded"]))
+    x = images(2, args.side, args.device, dtype)
+    with torch.no_grad():
+        torch.testing.assert_close(variants["folded"](x), variants["eager"](x), rtol=2e-2, atol=2e-2)
+    return variants
+
+
+def inference(depth: int, batch: int, args: argparse.Namespace, variants: dict[str, Any]) -> Row:
+    """One row: RedNet-depth against ResNet-depth."""
+    x = images(batch, args.side, args.device, DTYPES[args.dtype])
+
+    def case(model: Callable[[Tensor], Tensor]) -> Call:
+        def call() -> Tensor:
+            with torch.no_grad():
+                return model(x)
+
+        return call
+
+    cases = {
+        f"{kind} {variant}": case(model)
+        for kind in kinds(depth)
+        for variant, model in variants[f"{kind}{depth}".lower()].items()
+    }
+    return row(depth, batch, timing.interleave(cases, args.repeats, args.device))
+
+
+def training(depth: int, args: argparse.Namespace) -> Row:
+    """One row: a whole training step (forward, backward, SGD with momentum)."""
+    cases: dict[str, Call] = {}
+    for kind in kinds(depth):
+        for variant in ["eager", "compiled"] if args.compile_training else ["eager"]:
+            cases[f"{kind} {variant}"] = training_step(
+                f"{kind}{depth}".lower(), args.train_batch, args, variant == "compiled"
+            )
+    return row(depth, args.train_batch, timing.interleave(cases, max(1, args.repeats - 2), args.device))
+
+
+def training_step(name: str, batch: int, args: argparse.Namespace, compiled: bool = False) -> Call:
+    torch.manual_seed(0)
+    model = create_model(name).to(args.device).to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
+    x = images(batch, args.side, args.device, torch.float32)
+    y = torch.randint(1000, (batch,), device=args.device)
+    network = torch.compile(model, dynamic=False) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
+            loss = F.cross_entropy(network(x).float(), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def kinds(depth: int) -> list[str]:
+    return ["ResNet"] if depth == 101 else ["ResNet", "RedNet"]  # the paper's Table 2 has ResNet-101 without a peer
+
+
+def row(depth: int, batch: int, samples: timing.Samples) -> Row:
+    """All variants in ms, and the ratio of the two sides' best."""
+    result: Row = {"depth": depth, "batch": batch}
+    result |= {f"{case} (ms)": timing.ms(samples, case) for case in samples}
+    best = {
+        kind: min((c for c in samples if c.startswith(kind)), key=lambda c: timing.ms(samples, c))
+        for kind in kinds(depth)
+    }
+    result["best"] = ", ".join(best.values())
+    result["best ResNet / best RedNet"] = timing.ratio(samples, *best.values()) if len(best) == 2 else None
+    return result
+
+
+def peak_memory(name: str, batch: int, side: int, device: str, dtype: str) -> float:
+    """MiB of a training run on top of the imports: weights, optimizer, activations (run in a fresh process)."""
+    args = argparse.Namespace(side=side, device=device, dtype=dtype)
+    with PeakMemory(device) as memory:
+        step = training_step(name, batch, args)
+        for _ in range(2):
+            step()
+    return memory.mib
+
+
+def table2(rows: list[Row], device: str) -> list[Row]:
+    """The paper's Table 2 with the latencies measured here (batch 1, the best variant) beside the paper's."""
+    with open(REPOSITORY / "docs" / "paper" / "table2_runtime.csv", newline="") as file:
+        paper = {line["architecture"]: line for line in csv.DictReader(file)}
+    column = "gpu_ms" if device == "cuda" else "cpu_ms"
+    result = []
+    for measured in (r for r in rows if r["batch"] == 1):
+        for kind in kinds(measured["depth"]):
+            name = f"{kind}-{measured['depth']}"
+            own = [v for k, v in measured.items() if k.startswith(kind) and v is not None]
+            if name in paper:
+                eager = measured[f"{kind} eager (ms)"]
+                line = {"architecture": name, f"{device} eager (ms)": eager, f"{device} best (ms)": min(own)}
+                result.append(line | {"paper GPU (ms)": paper[name]["gpu_ms"], "paper CPU (ms)": paper[name]["cpu_ms"]})
+                result[-1]["_paper"] = float(paper[name][column])
+    base = next((r for r in result if r["architecture"] == "ResNet-50"), None)
+    for r in result:
+        theirs = r.pop("_paper")
+        if base is not None:
+            r["ResNet-50's / this"] = base[f"{device} best (ms)"] / r[f"{device} best (ms)"]
+            r["the same in the paper"] = float(paper["ResNet-50"][column]) / theirs
+    return result
+
+
+def run(args: argparse.Namespace, report: Report) -> None:
+    if args.quick:
+        args.depth, args.batch, args.train_batch, args.side, args.compile = [26], [1], 2, 32, False
+    fill_heap(0.1 if args.quick else 4)
+    parts = {"inference", "training", "memory", "breakdown"} if args.only is None else {args.only}
+    settings = f"{args.side} x {args.side}, {args.dtype}, channels_last"
+    names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
+    if parts & {"inference", "breakdown"}:
+        variants = {name: inference_variants(name, args) for name in names}
+    if "inference" in parts:
+        rows = [inference(depth, batch, args, variants) for batch in args.batch for depth in args.depth]
+        note = "eager; folded: BatchNorm in the convolutions; compiled: inductor with freezing, of the folded model."
+        report.table(f"Inference, {settings}", rows, note)
+        if found := table2(rows, args.device):
+            report.table("The paper's Table 2 (latency of one image)", found)
+    if "breakdown" in parts:
+        for batch in args.batch:
+            x = images(batch, args.side, args.device, DTYPES[args.dtype])
+            calls = {name: lambda model=variants[name]["folded"]: model(x) for name in names}
+            report.table(
+                f"Where inference spends its time, folded, batch {batch} (ms)", breakdown(calls, args.device, True)
+            )
+    if "training" in parts:
+        rows = [training(depth, args) for depth in args.depth if depth != 101]
+        report.table(f"Training step, {settings}", rows, "Forward, backward, SGD with momentum.")
+    if "breakdown" in parts:
+        steps = {name: training_step(name, args.train_batch, args) for name in names if not name.endswith("101")}
+        report.table(
+            f"Where a training step spends its time, eager, batch {args.train_batch} (ms)",
+            breakdown(steps, args.device),
+        )
+    if "memory" in parts:
+        memory(args, report)
+
+
+def memory(args: argparse.Namespace, report: Report) -> None:
+    batch = 2 if args.quick else 32
+    rows = []
+    for depth in (depth for depth in args.depth if depth != 101):
+        peak = {
+            kind: fresh(peak_memory, f"{kind}{depth}".lower(), batch, args.side, args.device, args.dtype)
+            for kind in kinds(depth)
+        }
+        rows.append({"depth": depth, "batch": batch} | {f"{k} (MiB)": v for k, v in peak.items()})
+        rows[-1]["RedNet / ResNet"] = peak["RedNet"] / peak["ResNet"]
+    report.table("Peak memory of training, above what the imports take", rows, "Fresh processes, default allocator.")
+
+
+def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
+    parser = commands.add_parser("model", parents=[common], help="the networks", description=__doc__)
+    parser.add_argument("--depth", type=int, nargs="+", default=[50], choices=[26, 38, 50, 101], help="default 50")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="of inference (default 1 16)")
+    parser.add_argument("--train-batch", type=int, default=16, help="of training steps (default 16; memory: always 32)")
+    parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="training in bf16 is autocast (default fp32)")
+    parser.add_argument("--only", choices=("inference", "training", "memory", "breakdown"), help="default: all four")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled inference out")
+    parser.add_argument(
+        "--compile-training", action="store_true", help="compiled training steps as well (minutes each)"
+    )
+    parser.set_defaults(run=run, title="RedNet against ResNet")
