@@ -5,6 +5,7 @@ state saved (run again to continue), 1 anything else.
 """
 
 import atexit
+import dataclasses
 from pathlib import Path
 
 import hydra
@@ -15,7 +16,8 @@ from involution.engine import cli
 from involution.engine.build import build_trainer
 from involution.engine.config import TrainConfig, check_batches, validate
 from involution.engine.distributed import init_world, leave_world
-from involution.engine.run import RunFolder
+from involution.engine.run import RunFolder, code_version, same_on_all_ranks
+from involution.engine.signals import leave_on_signals
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -24,8 +26,11 @@ CONF = Path(__file__).resolve().parent / "conf"
 @cli.job
 def main(composed: DictConfig) -> None:
     config = validate(composed, TrainConfig)
-    world = init_world(config.device)
+    leave_on_signals()
+    world = init_world(config.device, config.train.timeout_minutes)
     atexit.register(leave_world)
+    same_on_all_ranks("code version", code_version())
+    same_on_all_ranks("configuration", dataclasses.asdict(config))
     check_batches(config.train.global_batch_size, config.train.batch_size, world.size)
     run = RunFolder(Path(HydraConfig.get().runtime.output_dir), world)
     with cli.user_input():

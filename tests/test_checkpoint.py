@@ -49,16 +49,16 @@ def test_a_truncated_file_is_reported_and_the_one_before_it_used(tmp_path, size,
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "step-00000002.pt", "step-00000003.pt"]
     os.truncate(tmp_path / "last.pt", size if size >= 0 else (tmp_path / "last.pt").stat().st_size - 1)
     with caplog.at_level("WARNING", logger="involution"):
-        assert folder.latest()["step"] == 2
+        assert folder.newest()[1]["step"] == 2
     assert "last.pt" in caplog.text
 
 
 def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):
     folder = CheckpointFolder(tmp_path)
-    assert folder.latest() is None
+    assert folder.newest() is None
     (tmp_path / "last.pt").write_bytes(b"")
     with pytest.raises(UserError, match="train.resume=never"):
-        folder.latest()
+        folder.newest()
 
 
 def test_a_malicious_pickle_does_not_run(tmp_path):

@@ -10,18 +10,25 @@ from hydra.utils import instantiate
 
 import data
 from involution import complexity, create_model
-from involution.engine.checkpoint import CheckpointFolder, State, best_weights, load_weights, read
+from involution.engine.checkpoint import CheckpointFolder, State, best_weights, load_weights, mismatch, read
 from involution.engine.config import DataConfig, EvalConfig, TrainConfig, differences
-from involution.engine.distributed import World
+from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.optim import build_schedule, parameter_groups
-from involution.engine.run import RunFolder, log_to
+from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
 from involution.engine.task import Classification
 from involution.engine.trainer import Trainer
 
 log = logging.getLogger("involution")
-DEFINING = ("model.", "data.name", "seed", "train.global_batch_size")  # another value makes it another run
+DEFINING = (
+    "model.",
+    "data.name",
+    "seed",
+    "train.global_batch_size",
+    "train.exclude_from_decay",
+    "optimizer._target_",
+)  # another value makes it another run
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -38,14 +45,15 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     splits = data.open_dataset(config.data.name, config.data.root)
     config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
     plain = dataclasses.asdict(config)
+    same_on_all_ranks("data set", {"train": splits.train.fingerprint, "val": splits.val.fingerprint})
 
     run.open()
     if world.is_main and o.resume == "never":
         run.start_over()
     log_to(run.path / "train.log", world.is_main)
-    state = _state_to_resume(o.resume, run)
+    state = _state_to_resume(o.resume, run, world)
     if state is not None:
-        _check_same_run(state["config"], plain)
+        _check_same_run(state, plain, splits.train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
     model: torch.nn.Module = create_model(**config.model)
@@ -70,12 +78,12 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         options=o,
         world=world,
         run=run,
-        extra_state={"config": plain, "class_names": list(splits.train.class_names)},
+        extra_state={"config": plain, "class_names": list(splits.train.class_names), "data": splits.train.fingerprint},
     )
     if state is not None:
         trainer.load_state_dict(state)
-        if world.is_main:
-            run.rewind_metrics(trainer.step)
+    if world.is_main:
+        run.rewind_metrics(trainer.closed)
     return trainer
 
 
@@ -89,24 +97,37 @@ def _num_classes(configured: int | None, class_names: list[str]) -> int:
     return configured or len(class_names)
 
 
-def _state_to_resume(resume: str, run: RunFolder) -> State | None:
-    if resume == "auto":
-        return CheckpointFolder(run.checkpoints).latest()
-    return None if resume == "never" else read(Path(resume))
+def _state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
+    """The state to go on from; rank 0 chooses the checkpoint, so that ranks cannot choose differently."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        return read(Path(resume))
+    found = CheckpointFolder(run.checkpoints).newest() if world.is_main else None
+    path: Path | None = gather_objects(found and found[0])[0]
+    if path is None:
+        return None
+    if world.is_main:
+        log.info("going on from %s", path)
+    return found[1] if found else read(path)
 
 
-def _check_same_run(saved: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any]) -> None:
     """Refuse to continue a run as another one; report what else has changed."""
-    changed = differences(saved, now)
+    changed = differences(state["config"], now)
     fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
+        with torch.device("meta"):
+            keys = mismatch(create_model(**now["model"]), state["model"])
         raise UserError(
-            f"the checkpoint to resume belongs to another run: {listed}. Give this one another name=, or start over in "
-            "the same folder with train.resume=never"
+            f"the checkpoint to resume belongs to another run: {listed}{f' ({keys})' if keys else ''}. "
+            "Give this one another name=, or start over in the same folder with train.resume=never"
         )
     for key, (a, b) in changed.items():
         log.warning("continuing with %s=%s, which was %s", key, b, a)
+    if state["data"] != data_set:
+        log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set)
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

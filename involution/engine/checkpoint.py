@@ -116,12 +116,8 @@ def best_weights(state: State) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Load a state dict; differing keys or shapes are named.
-
-    Raises:
-        UserError: when the weights are those of another model.
-    """
+def mismatch(model: nn.Module, weights: dict[str, Tensor]) -> str:
+    """The keys that a model and a state dict do not share, or that have another shape; empty when all fit."""
     own = model.state_dict()
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]
@@ -130,20 +126,28 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
         for key in own
         if key in weights and weights[key].shape != own[key].shape
     ]
-    problems = [
+    return "; ".join(
         f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
         for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
         if keys
-    ]
-    if problems:
-        raise UserError(f"the checkpoint is of another model: {'; '.join(problems)}")
+    )
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Load a state dict.
+
+    Raises:
+        UserError: when the weights are those of another model, naming the keys that differ.
+    """
+    if problems := mismatch(model, weights):
+        raise UserError(f"the checkpoint is of another model: {problems}")
     model.load_state_dict(weights)
 
 
 class CheckpointFolder:
     """A run's checkpoints: the newest `keep` as `step-*.pt`, of which `last.pt` and `best.pt` are links to one.
 
-    Saving copies the state and returns; a thread writes it. A failure to write surfaces at the next save or `wait`.
+    Saving copies the state and returns; a thread writes it. A failure to write surfaces at the next call of any method.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -157,6 +161,11 @@ class CheckpointFolder:
         self.wait()
         self._writing = self._writer.submit(self._write, detach(state), step, best)
 
+    def check(self) -> None:
+        """Raise what went wrong with the last save, if that is known by now."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
     def wait(self) -> None:
         """Wait until the last save is on the disk, and raise what went wrong with it."""
         if self._writing is not None:
@@ -169,49 +178,56 @@ class CheckpointFolder:
                     "one is intact: make room (or set output_root to another disk) and run again to continue from it"
                 ) from error
 
+    def settle(self) -> None:
+        """Wait for the last save when the run ends for another reason, which its failure should not hide."""
+        try:
+            self.wait()
+        except Stopped as error:
+            log.error("%s", error)
+
     def _write(self, state: State, step: int, best: bool) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
+        for rubbish in self.folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            rubbish.unlink(missing_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         write(path, state)
-        self._link(path, "last.pt")
-        if best:
+        if best:  # first: a `last.pt` that knows a best score must not be ahead of that score's weights
             self._link(path, "best.pt")
-        for old in self._steps()[self.keep :]:
-            old.unlink()
+        self._link(path, "last.pt")
+        steps = self._steps()
+        behind = steps[steps.index(path) :]
+        for old in steps:  # those ahead are of a course that was given up (damaged, or train.resume=PATH)
+            if old not in behind[: self.keep]:
+                old.unlink()
 
     def _link(self, path: Path, name: str) -> None:
         """Make `name` another name of the file `path`, atomically."""
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-        temporary.unlink(missing_ok=True)
         try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, self.folder / name)
-        temporary.unlink(missing_ok=True)  # renaming between two names of one file leaves both
+            try:
+                os.link(path, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)
+            os.replace(temporary, self.folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)  # renaming between two names of one file leaves both
         _flush_folder(self.folder)
 
     def _steps(self) -> list[Path]:
         """The numbered checkpoints, newest first."""
         return sorted(self.folder.glob("step-*.pt"), reverse=True)
 
-    def latest(self) -> State | None:
+    def newest(self) -> tuple[Path, State] | None:
         """The newest whole checkpoint, or None where there is none; damaged ones are reported and passed over."""
-        last = self.folder / "last.pt"
-        found = [path for path in [last, *self._steps()] if path.exists()]
-        for path in found:
+        tried: list[Path] = []
+        for path in [self.folder / "last.pt", *self._steps()]:
+            if not path.exists() or any(path.samefile(other) for other in tried):
+                continue
+            tried.append(path)
             try:
-                state = read(path)
+                return path, read(path)
             except DamagedCheckpoint as error:
                 log.warning("%s; trying the one before it", error)
-            else:
-                log.info("going on from %s", path)
-                return state
-        if found:
+        if tried:
             raise UserError(f"every checkpoint in {self.folder} is damaged; start over with train.resume=never")
         return None
-
-    def clear(self) -> None:
-        """Remove all checkpoints."""
-        for path in self.folder.glob("*.pt"):
-            path.unlink()

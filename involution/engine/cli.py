@@ -1,5 +1,6 @@
 """From the command line to an exit status: one readable message for whatever the user can mend."""
 
+import errno
 import functools
 import json
 import logging
@@ -20,7 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
 from involution.engine.config import hint, nearest
+from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+
+log = logging.getLogger("involution")
 
 
 class _Leave(BaseException):
@@ -64,11 +68,24 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
         message = str(stopped)
     except KeyboardInterrupt:
         message = "interrupted"
-    except Exception:
-        message = traceback.format_exc()
-    if message:
-        print(message if status == EXIT_ERROR else f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
-    _exit(status)
+    except Exception as error:
+        message = f"{error}: make room and run again" if _disk_is_full(error) else traceback.format_exc()
+    _exit(_report(status, message) if message else status)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _report(status: int, message: str) -> int:
+    """Say why the program ends, on the rank where that began, and tell the others; returns everyone's exit status."""
+    say = log.error if log.handlers else functools.partial(print, file=sys.stderr)
+    mine, (rank, first_status, first) = int(os.environ.get("RANK", 0)), announce(status, message)
+    if rank == mine:
+        say(message if status == EXIT_ERROR else f"{os.path.basename(sys.argv[0])}: {message}")
+    elif first != message:
+        say(f"[rank {mine}] leaving because rank {rank} did: {first.strip().splitlines()[-1]}")
+    return first_status
 
 
 def _exit(status: int) -> None:

@@ -88,6 +88,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "train.checkpoint_every_steps": (1, None),
     "train.checkpoint_every_minutes": (0, None),
     "train.keep_checkpoints": (1, None),
+    "train.timeout_minutes": (0, None),
     "data.workers": (0, None),
     "data.val_size": (1, None),
     "data.val_resize": (1, None),

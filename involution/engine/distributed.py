@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 
 from involution.engine.errors import UserError
+from involution.engine.peers import Peers
+
+_peers: Peers | None = None  # there is one process group in a process, and one watch over it
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: datetime.timedelta = datetime.timedelta(minutes=10)  # of a collective
 
     @property
     def is_main(self) -> bool:
@@ -30,7 +34,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
 
     Args:
         device: auto (a GPU where there is one) | cpu | cuda.
-        timeout_minutes: after which a collective that a rank does not join fails.
+        timeout_minutes: after which the ranks that keep the others waiting are named, and all leave.
 
     Raises:
         UserError: for a GPU that is not there.
@@ -40,11 +44,40 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     chosen = _choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    # the watch over the ranks comes first and names who is missing; the collectives' own time-outs are its safety net
+    timeout = datetime.timedelta(minutes=timeout_minutes, seconds=30)
     if size > 1:
         # gloo beside NCCL: flags and objects travel between CPUs and never wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=timeout_minutes))
-    return World(rank, size, chosen)
+        dist.init_process_group(backend, timeout=timeout)
+        _watch(rank, size, 60 * timeout_minutes)
+    return World(rank, size, chosen, timeout)
+
+
+def _watch(rank: int, size: int, timeout: float) -> None:
+    global _peers
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.distributed_c10d._get_default_store().clone()
+    _peers = Peers(rank, size, dist.PrefixStore(f"involution/{attempt}", store), timeout)
+
+
+def progress() -> None:
+    """Note for the other ranks that this one is getting on."""
+    if _peers is not None:
+        _peers.progress += 1
+
+
+def announce(status: int, message: str) -> tuple[int, int, str]:
+    """Tell the other ranks that this one fails; returns the rank, status and message of the first that did."""
+    rank = int(os.environ.get("RANK", 0))
+    return (rank, status, message) if _peers is None else _peers.announce(status, message)
+
+
+def part() -> None:
+    """Meet the other ranks for the last time: whoever leaves from here on leaves nobody waiting."""
+    gather_objects(None)
+    if _peers is not None:
+        _peers.stop()
 
 
 def _choose_device(device: str, local_rank: int) -> torch.device:
@@ -76,12 +109,15 @@ def _adopt_slurm() -> None:
 
 def leave_world() -> None:
     """Take leave of the other ranks."""
+    if _peers is not None:
+        _peers.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The sum of every rank's tensor, on all of them."""
+    progress()
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -89,16 +125,12 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def gather_objects(value: Any) -> list[Any]:
     """Every rank's value, in rank order, on all of them."""
+    progress()
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def broadcast_buffers(model: torch.nn.Module) -> None:
@@ -119,11 +151,12 @@ class Agreement:
     """
 
     def __init__(self, world: World) -> None:
-        self._group: Any = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
     def poll(self, request: int) -> int:
         """Ask for `request` (0: nothing) and return what was agreed on."""
+        progress()
         if self._group is None:
             return request
         agreed = self.finish()

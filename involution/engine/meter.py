@@ -1,4 +1,4 @@
-"""An epoch's sums, as state: they survive a restart in the middle of it."""
+"""An epoch's sums, as state: they survive a restart in the middle of it, on any number of ranks."""
 
 import resource
 import time
@@ -7,70 +7,82 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from involution.engine.distributed import sum_over_ranks
+from involution.engine.distributed import World, gather_objects, sum_over_ranks
 
 
 class Meter:
     """Adds up loss and samples on the device and the time on the host; never an average of averages."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, samples: without skipped steps
-        self.samples = 0.0  # of all steps, this rank's share
+    def __init__(self, world: World) -> None:
+        self.world = world
+        # of this rank: loss and samples without the skipped steps, skipped steps, samples of all steps
+        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
         self.seconds, self.waiting = 0.0, 0.0
-        self.restart_interval()
-        self.resume()
+        self._clock: float | None = None
+        self._seen = 0.0  # samples since the last call of `interval`
+        self._mark = (time.monotonic(), 0.0)
 
     def resume(self) -> None:
-        """Start the clock (evaluations and checkpoints at an epoch's end are not training time)."""
+        """Start the clock (evaluations are not training time)."""
         self._clock = time.monotonic()
 
     def pause(self) -> None:
-        now = time.monotonic()
-        self.seconds, self._clock = self.seconds + now - self._clock, now
+        """Stop the clock, if it runs."""
+        if self._clock is not None:
+            self.seconds += time.monotonic() - self._clock
+        self._clock = None
 
     def add(self, loss: Tensor, samples: float, bad: Tensor) -> None:
-        """Add a step: the summed loss and the number of samples of this rank."""
-        self.samples += samples
-        self.sums += torch.stack([loss.double(), loss.new_tensor(samples).double()]).where(~bad, 0)
+        """Add a step: the summed loss and the number of samples of this rank, and whether it was skipped."""
+        n = loss.new_tensor(samples).double()
+        self.sums[:2] += torch.stack([loss.double(), n]).where(~bad, 0)
+        self.sums[2:] += torch.stack([bad, n])
+        self._seen += samples
 
     def epoch(self) -> dict[str, float | None]:
         """What this epoch's sums over all ranks mean; the clock must be paused."""
-        loss, good = sum_over_ranks(self.sums.clone()).tolist()
-        samples = sum_over_ranks(self.sums.new_tensor(self.samples)).item()
+        loss, good, skipped, samples = sum_over_ranks(self.sums.clone()).tolist()
         return {
             "train_loss": loss / good if good else None,
+            "skipped_steps": round(skipped / self.world.size),
             "images_per_s": samples / self.seconds,
             "data_wait": self.waiting / self.seconds,
             "seconds": self.seconds,
-            "peak_memory_mb": peak_memory_mb(self.sums.device),
+            "peak_memory_mb": peak_memory_mb(self.world.device),
         }
 
-    def restart_interval(self) -> None:
-        self._mark = (time.monotonic(), self.samples, self.waiting)
-
-    def interval(self, ranks: int) -> dict[str, float]:
+    def interval(self) -> dict[str, float]:
         """Speed since the last call, of all ranks as far as this one can tell."""
-        begin, samples, waiting = self._mark
+        begin, waiting = self._mark
         seconds = time.monotonic() - begin
         speed = {
-            "images_per_s": ranks * (self.samples - samples) / seconds,
+            "images_per_s": self.world.size * self._seen / seconds,
             "data_wait": (self.waiting - waiting) / seconds,
         }
         self.restart_interval()
         return speed
 
+    def restart_interval(self) -> None:
+        self._mark, self._seen = (time.monotonic(), self.waiting), 0.0
+
     def start_epoch(self) -> None:
         self.sums.zero_()
-        self.samples, self.seconds, self.waiting = 0.0, 0.0, 0.0
+        self.seconds, self.waiting = 0.0, 0.0
         self.restart_interval()
-        self.resume()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sums": self.sums, "samples": self.samples, "seconds": self.seconds, "waiting": self.waiting}
+        """Every rank's sums, and the time on this one's clock. A collective call."""
+        running = 0.0 if self._clock is None else time.monotonic() - self._clock
+        seconds = self.seconds + running
+        return {"sums": gather_objects(self.sums.tolist()), "seconds": seconds, "waiting": self.waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sums.copy_(state["sums"])
-        self.samples, self.seconds, self.waiting = state["samples"], state["seconds"], state["waiting"]
+        """Go on with the sums of the rank of this number; where ranks became fewer, those left share all of them."""
+        self.sums.zero_()
+        for rank, sums in enumerate(state["sums"]):
+            if rank % self.world.size == self.world.rank:
+                self.sums += self.sums.new_tensor(sums)
+        self.seconds, self.waiting = state["seconds"], state["waiting"]
         self.restart_interval()
 
 

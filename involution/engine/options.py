@@ -26,3 +26,4 @@ class TrainOptions:
     checkpoint_every_steps: int | None = MISSING
     checkpoint_every_minutes: float | None = MISSING
     keep_checkpoints: int = MISSING
+    timeout_minutes: float = MISSING

@@ -1,8 +1,10 @@
 """A run's folder: who writes it, what is recorded there, what the user sees meanwhile."""
 
 import fcntl
+import hashlib
 import json
 import logging
+import math
 import os
 import platform
 import shutil
@@ -16,6 +18,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+from involution.engine.config import differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 
@@ -54,10 +57,11 @@ class RunFolder:
             raise UserError(message)
 
     def _take_lock(self) -> None:
+        # lockf, not flock: a loader's worker that outlives its killed parent would inherit the latter for a while
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             lock.seek(0)
             raise UserError(
                 f"another run is writing to {self.path}: {lock.read().strip() or 'it has just started'}. "
@@ -85,16 +89,23 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop the lines of epochs that ended after `step`: they are about to be trained again."""
+        """Drop the lines of epochs that ended after `step`, and a torn one: they are about to be written again."""
         path = self.path / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] <= step]
+            lines = [line for line in path.read_text().splitlines(keepends=True) if _last_step(line) <= step]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(lines))
             temporary.replace(path)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+
+def _last_step(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def environment(world: World) -> dict[str, Any]:
@@ -115,6 +126,31 @@ def environment(world: World) -> dict[str, Any]:
     }
 
 
+def same_on_all_ranks(what: str, value: dict[str, Any]) -> None:
+    """Compare something across ranks. A collective call.
+
+    Raises:
+        UserError: on every rank, naming the first one that differs from rank 0, and the difference.
+    """
+    first, *others = gather_objects(value)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            listed = "; ".join(
+                f"{key} is {a} on rank 0, {b} on rank {rank}" for key, (a, b) in differences(first, other).items()
+            )
+            raise UserError(f"rank {rank} has another {what} than rank 0: {listed}")
+
+
+def code_version() -> dict[str, str]:
+    """What decides how a step comes out besides the configuration: a hash of the sources, the version of torch."""
+    sha = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for path in sorted(path for folder in ("involution", "data") for path in (root / folder).rglob("*.*")):
+        if path.suffix in (".py", ".h", ".cpp"):
+            sha.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return {"sources": sha.hexdigest()[:12], "torch": torch.__version__}
+
+
 def _version(package: str) -> str | None:
     try:
         return version(package)
@@ -130,6 +166,13 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+class _LogFile(logging.FileHandler):
+    """A log file whose disk may be full: that must not bury the message that says so under tracebacks."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def log_to(path: Path | None, is_main: bool) -> None:
     """Send the program's messages to standard error and, with details, to a file; other ranks than 0 only warn."""
     console = logging.StreamHandler(sys.stderr)
@@ -137,7 +180,7 @@ def log_to(path: Path | None, is_main: bool) -> None:
     console.setLevel(logging.INFO if is_main else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if path is not None and is_main:
-        handlers.append(logging.FileHandler(path))
+        handlers.append(_LogFile(path))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in log.handlers:
         handler.close()

@@ -3,7 +3,9 @@
 import logging
 import signal
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
+
+from involution.engine.errors import Preempted
 
 log = logging.getLogger("involution")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -17,19 +19,34 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._interrupts = 0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # a launcher that sees one rank leave signals the others, which are about to leave with their own status
+            signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == "SIGINT":
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
             raise KeyboardInterrupt
         if self.received is None:
             self.received = signal.Signals(number).name
             log.warning("%s received: finishing the step, then saving", self.received)
+
+
+def leave_on_signals() -> None:
+    """Until training begins there is nothing to save: leave at once, with the status that says "run again"."""
+    for number in SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    for each in SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise Preempted(f"{signal.Signals(number).name} received before the first step: run the same command again")

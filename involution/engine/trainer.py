@@ -1,4 +1,4 @@
-"""The training loop. Read `fit`, then `train_step`; everything that affects the next step is in `state_dict`."""
+"""The training loop. Read `fit`, then `Learner.step`; everything that affects the next step is in `state_dict`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,19 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import nn
 
-from involution.engine.checkpoint import CheckpointFolder, State, load_weights
-from involution.engine.distributed import Agreement, World, broadcast_buffers, gather_objects
-from involution.engine.errors import Preempted, UserError
-from involution.engine.evaluate import autocast, evaluate, to_device
-from involution.engine.guard import Guard
+from involution.engine.checkpoint import CheckpointFolder, State
+from involution.engine.distributed import Agreement, World, broadcast_buffers, gather_objects, part, progress
+from involution.engine.errors import Preempted
+from involution.engine.evaluate import evaluate, to_device
+from involution.engine.learner import Learner
 from involution.engine.meter import Meter
 from involution.engine.monitor import Monitor
-from involution.engine.optim import Schedule, exponential_average, prepare
+from involution.engine.optim import Schedule
 from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
 from involution.engine.signals import StopRequest
@@ -60,21 +57,13 @@ class Trainer:
         train_loader: TrainLoader, val_loader: Iterable[Batch], *, train_size: int, val_size: int,
         options: TrainOptions, world: World, run: RunFolder, extra_state: dict[str, Any],
     ) -> None:  # fmt: skip
-        self.model, self.task, self.schedule = model, task, schedule
-        self.optimizer = prepare(optimizer)
+        self.learner = Learner(model, task, optimizer, schedule, options, world)
+        self.task, self.schedule = task, schedule
         self.train_loader, self.val_loader = train_loader, val_loader
         self.train_size, self.val_size = train_size, val_size
         self.options, self.world, self.run, self.extra_state = options, world, run, extra_state
 
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
-        self.ema = exponential_average(model, options.ema_decay) if options.ema_decay else None
-        self.ddp = self._distribute(model) if world.size > 1 else None
-        self.forward: Any = self.ddp or model
-        if options.compile:
-            self.forward = torch.compile(self.forward)
-        self.guard = Guard([model] + ([self.ema] if self.ema else []), options.max_bad_steps, world.device)
-        self.meter = Meter(world.device)
+        self.meter = Meter(world)
         self.checkpoints = CheckpointFolder(run.checkpoints, options.keep_checkpoints)
         self.agreement = Agreement(world)
         self.stop = StopRequest()
@@ -86,11 +75,6 @@ class Trainer:
         self.closed = 0  # the last step that was evaluated and recorded
         self.best: float | None = None
         self.metrics: dict[str, float] = {}  # of the last evaluation
-
-    def _distribute(self, model: nn.Module) -> DistributedDataParallel:
-        devices = [self.world.device] if self.world.device.type == "cuda" else None
-        # buffers are broadcast when somebody reads them (evaluation, checkpoint), not in every step
-        return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the run's summary.
@@ -112,72 +96,55 @@ class Trainer:
                     self.finish_epoch()
                 self.agreement.finish()
                 self.checkpoints.wait()
+                part()
         finally:
+            self.checkpoints.settle()
             self.monitor.close()
         return self.summary()
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Train to the end of the epoch under way, from wherever in it the run stands."""
         end = min((self.closed // self.steps_per_epoch + 1) * self.steps_per_epoch, self.limit)
-        log_every, check_every = self.options.log_every_steps, self.options.max_bad_steps
-        self.model.train()
+        log_every = self.options.log_every_steps
+        check_every = min(log_every, self.options.max_bad_steps)
+        self.learner.model.train()
         self.meter.resume()
         while self.step < end:
             self.train_step(batches)
             self.monitor.step(self.step)
-            if self.step % min(log_every, check_every) == 0:
-                self.guard.check(self.step, self.schedule(self.step))
+            if self.step % check_every == 0:
+                self.check_numbers()
             if self.step % log_every == 0:
-                values = {"loss": self.guard.recent_loss(), "lr": self.schedule(self.step - 1)}
-                self.monitor.interval(self.step, values | self.meter.interval(self.world.size))
+                values = {"loss": self.learner.guard.recent_loss(), "lr": self.schedule(self.step - 1)}
+                self.monitor.interval(self.step, values | self.meter.interval())
             self.between_steps()
         self.meter.pause()
 
     def train_step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step on the mean loss over the global batch, however many ranks and micro-batches share it."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(self.step)
-        # an epoch's last step may be smaller; ranks average gradients of what is here a sum, hence their number
+        """Fetch this rank's part of a step and learn from it."""
         start = self.step % self.steps_per_epoch * self.options.global_batch_size
+        # an epoch's last step may be smaller
         samples = min(self.options.global_batch_size, self.train_size - start) / self.world.size
-        micro_batches = self.train_loader.micro_batches(self.step)
-        total = torch.zeros((), device=self.world.device)
-        for i in range(micro_batches):
-            batch = self.fetch(batches)
-            last = i == micro_batches - 1
-            with nullcontext() if last or self.ddp is None else self.ddp.no_sync():
-                with autocast(self.world.device, self.options.precision):
-                    loss = self.task.loss(self.forward, batch)
-                self.scaler.scale(loss / samples).backward()
-            total += loss.detach()
-        bad = self.update()
-        self.meter.add(total, samples, bad)
-        self.guard.record(bad, total / samples)
+        count = self.train_loader.micro_batches(self.step)
+        mine = (self.fetch(batches) for _ in range(count))
+        loss, bad = self.learner.step(self.step, mine, count, samples)
+        self.meter.add(loss, samples, bad)
         self.step += 1
-
-    def update(self) -> Tensor:
-        """Apply the gradients unless they are not finite, found and obeyed on the device; returns whether."""
-        self.scaler.unscale_(self.optimizer)
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.options.clip_grad_norm:
-            clip_grads_with_norm_(self.parameters, self.options.clip_grad_norm, norm)
-        bad = ~torch.isfinite(norm)  # of the gradients' sum over ranks, so all of them see the same
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.scaler.update()
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
-        return bad
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
         begin = time.monotonic()
         batch = next(batches)
         self.meter.waiting += time.monotonic() - begin
+        progress()
         return to_device(batch, self.world.device, self.options.channels_last)
+
+    def check_numbers(self) -> None:
+        """Stop the run when too many steps in a row were not finite."""
+        self.learner.guard.check(self.step, self.schedule(max(self.step - 1, 0)))
 
     def between_steps(self) -> None:
         """Save when it is time to, leave when a signal came: all ranks after the same step."""
+        self.checkpoints.check()
         minutes, steps = self.options.checkpoint_every_minutes, self.options.checkpoint_every_steps
         due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         agreed = self.poll(SAVE if due else 0)
@@ -191,9 +158,9 @@ class Trainer:
         agreed = self.agreement.poll(STOP if self.stop.received else request)
         if agreed == STOP:
             self.agreement.finish()
-            self.meter.pause()
             self.save()
             self.checkpoints.wait()
+            part()
             raise Preempted(
                 f"stopped after step {self.step}; the state is saved: run the same command again to continue"
             )
@@ -201,7 +168,7 @@ class Trainer:
 
     def finish_epoch(self) -> None:
         """Evaluate, record the epoch's line, save."""
-        self.guard.check(self.step, self.schedule(self.step))
+        self.check_numbers()
         epoch = math.ceil(self.step / self.steps_per_epoch)
         scores: dict[str, float] = {}
         if epoch % self.options.evaluate_every_epochs == 0 or self.step == self.limit:
@@ -221,7 +188,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Score the model (its average where one is kept) on the whole validation set."""
-        model = self.model if self.ema is None else self.ema
+        model = self.learner.model if self.learner.ema is None else self.learner.ema
         broadcast_buffers(model)
         return evaluate(
             model, self.val_loader, self.task, self.world, samples=self.val_size, precision=self.options.precision,
@@ -231,20 +198,15 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint, in the background."""
         self.last_save = time.monotonic()
-        self.guard.check(self.step, self.schedule(self.step))
+        self.check_numbers()
         state = self.state_dict()
         if self.world.is_main:
             self.checkpoints.save(state, self.step, is_best)
 
     def state_dict(self) -> State:
         """All that the next step depends on, and what a reader of the checkpoint needs. A collective call."""
-        broadcast_buffers(self.model)
         return {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "guard": self.guard.state_dict(),
+            **self.learner.state_dict(),
             "meter": self.meter.state_dict(),
             "rng": gather_objects(rng_state(self.world)),
             "step": self.step,
@@ -256,14 +218,7 @@ class Trainer:
 
     def load_state_dict(self, state: State) -> None:
         """Go on from `state`, on this or another number of ranks."""
-        load_weights(self.model, state["model"])
-        if self.ema is not None:
-            if state["ema"] is None:
-                raise UserError("train.ema_decay is set, but the checkpoint to resume has no average of the weights")
-            self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
-        self.guard.load_state_dict(state["guard"])
+        self.learner.load_state_dict(state)
         self.meter.load_state_dict(state["meter"])
         set_rng_state(state["rng"], self.world)
         self.step, self.closed = state["step"], state["closed"]

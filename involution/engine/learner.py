@@ -1,0 +1,126 @@
+"""One optimizer step, and everything that it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from involution.engine.checkpoint import State, load_weights
+from involution.engine.distributed import World, broadcast_buffers
+from involution.engine.errors import UserError
+from involution.engine.evaluate import autocast
+from involution.engine.guard import Guard
+from involution.engine.optim import Schedule, exponential_average, prepare
+from involution.engine.options import TrainOptions
+from involution.engine.task import Task
+
+if TYPE_CHECKING:
+    from data import Batch
+
+
+class Learner:
+    """The model with its optimizer, loss scale, average and guard against numbers that are not finite."""
+
+    def __init__(
+        self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule,
+        options: TrainOptions, world: World,
+    ) -> None:  # fmt: skip
+        self.model, self.task, self.schedule = model, task, schedule
+        self.options, self.world = options, world
+        self.optimizer = prepare(optimizer)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
+        self.ema = exponential_average(model, options.ema_decay) if options.ema_decay else None
+        self.ddp = self._distribute(model) if world.size > 1 else None
+        self.forward: Any = self.ddp or model
+        if options.compile:
+            self.forward = torch.compile(self.forward)
+        self.guard = Guard(model, options.max_bad_steps, world)
+
+    def _distribute(self, model: nn.Module) -> DistributedDataParallel:
+        devices = [self.world.device] if self.world.device.type == "cuda" else None
+        return DistributedDataParallel(
+            model,
+            devices,
+            broadcast_buffers=False,  # they are when somebody reads them (evaluation, checkpoint), not in every step
+            gradient_as_bucket_view=True,
+            # DDP reorders its buckets after the first step unless parameters may be unused; from three ranks on a
+            # restarted process would therefore add up its first gradients in another order
+            find_unused_parameters=torch.are_deterministic_algorithms_enabled(),
+        )
+
+    def step(self, step: int, batches: Iterable[Batch], count: int, samples: float) -> tuple[Tensor, Tensor]:
+        """One optimizer step on the mean loss over the global batch, however many ranks and micro-batches share it.
+
+        Args:
+            step: its number, which decides the learning rate.
+            batches: this rank's `count` micro-batches.
+            samples: this rank's share of the global batch.
+
+        Returns:
+            This rank's summed loss, and whether the step was skipped as not finite; both on the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule(step)
+        total = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(batches, 1):
+            with nullcontext() if i == count or self.ddp is None else self.ddp.no_sync():
+                with autocast(self.world.device, self.options.precision):
+                    loss = self.task.loss(self.forward, batch)
+                # ranks average gradients of what is here a sum, hence / samples; the seed is 1, but NaN where the loss
+                # is not finite, so that every rank finds the step bad from the gradients alone
+                self.scaler.scale(loss / samples).backward(1 + 0 * loss.detach())
+            total += loss.detach()
+        bad = self._update()
+        self.guard.record(bad, total / samples)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return total, bad
+
+    def _update(self) -> Tensor:
+        """Apply the gradients unless they are not finite, found and obeyed on the device; returns whether."""
+        self.scaler.unscale_(self.optimizer)
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.options.clip_grad_norm:
+            clip_grads_with_norm_(self.parameters, self.options.clip_grad_norm, norm)
+        bad = ~torch.isfinite(norm)  # of the gradients' sum over ranks, so all of them see the same
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scaler.update()
+        return bad
+
+    def state_dict(self) -> State:
+        """All that the next step depends on. A collective call."""
+        broadcast_buffers(self.model)
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "guard": self.guard.state_dict(),
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on from `state`; what the configuration says of the optimizer has precedence over what was saved.
+
+        Raises:
+            UserError: when the state is that of another model or optimizer.
+        """
+        load_weights(self.model, state["model"])
+        if self.ema is not None:
+            if state["ema"] is None:
+                raise UserError("train.ema_decay is set, but the checkpoint to resume has no average of the weights")
+            self.ema.load_state_dict(state["ema"])
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, configured, strict=True):
+            group.update(values)
+        self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())
+        self.guard.load_state_dict(state["guard"])

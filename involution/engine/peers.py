@@ -1,0 +1,102 @@
+"""Ranks look after each other, so that none of them waits forever for one that will not come.
+
+Beside the collectives, which can only wait, every rank talks to the store of the rendezvous from a thread: it tells
+that it is alive and how far it has come, and it learns of a rank that failed (and leaves with that rank's exit status)
+or that has been missing for longer than the time-out (and leaves after naming it).
+"""
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+log = logging.getLogger("involution")
+INTERVAL = 1.0  # seconds between two looks at the store
+FAILURE = "failure"  # key: the first rank that fails writes what happened there
+
+
+class Peers:
+    """A thread that ends this process when another rank's end or absence makes its work pointless.
+
+    Args:
+        store: this thread's own connection, with keys of this attempt only (torchrun may start the ranks again).
+        timeout: seconds without progress after which ranks that are behind count as missing.
+    """
+
+    def __init__(self, rank: int, size: int, store: Any, timeout: float) -> None:
+        self.rank, self.size, self.timeout = rank, size, timeout
+        self.progress = 0  # collectives and batches up to now: nearly the same number on every rank
+        self._store = store
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching: from here on each rank may leave when it likes."""
+        self._done.set()
+
+    def announce(self, status: int, message: str) -> tuple[int, int, str]:
+        """Tell the others that this rank ends with `status`; returns the first rank that did, its status and words."""
+        self.stop()
+        mine = json.dumps([self.rank, status, message])
+        try:
+            first = self._store.compare_set(FAILURE, "", mine).decode()
+        except Exception:  # the store went away with another rank
+            first = mine
+        rank, status, message = json.loads(first)
+        return rank, status, message
+
+    def _watch(self) -> None:
+        beats, seen, since = 0, -1, time.monotonic()
+        while not self._done.wait(INTERVAL):
+            beats += 1
+            try:
+                self._store.set(f"rank {self.rank}", json.dumps([beats, self.progress, socket.gethostname()]))
+                if self._store.check([FAILURE]):
+                    self._follow(*json.loads(self._store.get(FAILURE)))
+                if self.progress != seen:
+                    seen, since = self.progress, time.monotonic()
+                elif time.monotonic() - since > self.timeout:
+                    self._name_missing()
+            except Exception as error:
+                # rank 0 (or torchrun), which keeps the store, is gone; at the end of a program that is no failure
+                if self._done.wait(5):
+                    return
+                self._leave(1, f"lost the connection to rank 0: {str(error).splitlines()[0]}")
+
+    def _reports(self) -> dict[int, list[Any]]:
+        """{rank: [heartbeats, progress, host]} of the ranks that ever reported."""
+        keys = {rank: f"rank {rank}" for rank in range(self.size)}
+        known = [rank for rank, key in keys.items() if self._store.check([key])]
+        values = self._store.multi_get([keys[rank] for rank in known])
+        return {rank: json.loads(value) for rank, value in zip(known, values, strict=True)}
+
+    def _name_missing(self) -> None:
+        """Leave if a rank neither lives nor has come as far as the others."""
+        before = self._reports()
+        if self._done.wait(3 * INTERVAL):
+            return
+        now, furthest = self._reports(), max(report[1] for report in before.values())
+        missing = []
+        for rank in range(self.size):
+            if rank not in now:
+                missing.append(f"rank {rank} never reported")
+            elif rank != self.rank and now[rank][0] == before.get(rank, [None])[0]:
+                missing.append(f"rank {rank} on {now[rank][2]} no longer reports (dead or frozen)")
+            elif now[rank][1] < furthest:
+                missing.append(f"rank {rank} on {now[rank][2]} is busy with something else")
+        if missing:
+            message = f"no progress for {self.timeout:.0f} s (train.timeout_minutes): {'; '.join(missing)}"
+            self._follow(*self.announce(1, message))
+
+    def _follow(self, rank: int, status: int, message: str) -> None:
+        words = message.strip().splitlines()[-1] if message.strip() else f"exit status {status}"
+        self._leave(status, words if rank == self.rank else f"leaving because rank {rank} did: {words}")
+
+    def _leave(self, status: int, message: str) -> None:
+        log.error("[rank %d] %s", self.rank, message)
+        logging.shutdown()
+        os._exit(status)
