@@ -126,3 +126,67 @@ def backward(
     grad_pixels = pixels.new_zeros(pixels.shape) if needs_input else None
     _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_pixels, grad_taps)
     return None if grad_pixels is None else _image(grad_pixels, input), grad_kernel if grad_kernel is None else grad_kernel.to(dtype)
+
+
+def span_forward(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    """The fused operator: (B, C, H, W), (B, R, Ho, Wo), (G*K*K, R, 1, 1), (G*K*K,) -> (B, C, Ho, Wo)."""
+    pixels = _pixels(input)
+    problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
+    out = pixels.new_empty((problem.batch, problem.out_height, problem.out_width, problem.channels))
+    _call("span_forward", pixels.dtype, problem, pixels, *operands, out)
+    return _image(out, input)
+
+
+def span_backward(
+    grad: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of input, reduced, weight and bias."""
+    pixels, grads = _pixels(input), _pixels(grad, dense=True)
+    problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
+    hidden, rows, _ = operands
+    chunks = build.library(build.instruction_set()).involution_chunks(ctypes.byref(problem))
+    grad_pixels, grad_hidden = pixels.new_zeros(pixels.shape), hidden.new_empty((chunks, *hidden.shape))
+    grad_rows, grad_bias = torch.empty_like(rows), rows.new_empty(rows.shape[0])
+    results = (grad_pixels, grad_hidden, grad_rows, grad_bias)
+    _call("span_backward", pixels.dtype, problem, grads, pixels, *operands, *results)
+    return (
+        _image(grad_pixels, input),
+        _image(grad_hidden[0] if chunks == 1 else grad_hidden.sum(0), reduced),
+        grad_rows.view(weight.shape).to(weight.dtype),
+        None if bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _span_problem(
+    pixels: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> tuple[_Problem, tuple[Tensor, Tensor, Tensor | None]]:
+    groups = weight.shape[0] // (kernel_size * kernel_size)
+    problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
+    problem.hidden = reduced.shape[1]
+    rows = weight.flatten(1).to(pixels.dtype).contiguous()
+    bias = None if bias is None else bias.to(pixels.dtype).contiguous()
+    return problem, (_pixels(reduced, dense=True), rows, bias)

@@ -1,8 +1,8 @@
-// Entry points of the plain operator. The kernel tensor is read (its gradient written) in place where its taps lie
+// Entry points. Of the plain operator the kernel tensor is read (its gradient written) in place where its taps lie
 // together in the type of the sums; else tile by tile through a converted copy.
 #include <cstring>
 
-#include "planes.h"
+#include "fused.h"
 
 typedef uint16_t Half;  // bfloat16
 
@@ -142,4 +142,20 @@ void involution_backward_double(const Problem* p, const double* grad, const doub
                                 double* grad_x, void* grad_kernel) {
     backward(*p, grad, x, static_cast<const double*>(kernel), grad_x, static_cast<double*>(grad_kernel));
 }
+
+// Copies of grad_reduced that involution_span_backward_* fills.
+int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks; }
+
+#define SPAN(NAME, A)                                                                                                \
+    void involution_span_forward_##NAME(const Problem* p, const A* x, const A* reduced, const A* weight,             \
+                                        const A* bias, A* out) {                                                     \
+        span_forward(*p, x, reduced, weight, bias, out);                                                             \
+    }                                                                                                                \
+    void involution_span_backward_##NAME(const Problem* p, const A* grad, const A* x, const A* reduced,              \
+                                         const A* weight, const A* bias, A* grad_x, A* grad_reduced, A* grad_weight, \
+                                         A* grad_bias) {                                                             \
+        span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);             \
+    }
+SPAN(float, float)
+SPAN(double, double)
 }
