@@ -1,13 +1,13 @@
 """Measure the operator, the models, the training loop and the data loaders of this repository.
 
-    python scripts/benchmark.py op                      the operator: every stage of RedNet-50, every backend, the roofline
-    python scripts/benchmark.py model                   RedNets against ResNets: inference, training, memory, Table 2
-    python scripts/benchmark.py loop                    the trainer's step against a bare loop
-    python scripts/benchmark.py data FOLDER             loaders, model, and which of the two is the bottleneck
-    python scripts/benchmark.py op --out docs/benchmarks/op       also writes op.md and op.json, with the command
+    python scripts/benchmark.py op             the operator: stages of RedNet-50, every backend, the roofline
+    python scripts/benchmark.py model          RedNets against ResNets: inference, training, memory, Table 2
+    python scripts/benchmark.py loop           the trainer's step against a bare loop
+    python scripts/benchmark.py data FOLDER    loaders, model, and which of the two is the bottleneck
+    python scripts/benchmark.py op --out docs/benchmarks/op    also writes op.md and op.json, with the command
 
-What is compared runs interleaved (A B C, C B A, ...) in one process; figures are medians, ratios are medians of the ratios
-within a round with their quartiles in brackets. Peak memory is taken in a fresh process each.
+What is compared runs interleaved (A B C, C B A, ...) in one process; figures are medians, ratios are medians of the
+ratios within a round with their quartiles in brackets. Peak memory is taken in a fresh process each.
 """
 
 import argparse
@@ -63,7 +63,8 @@ def main() -> None:
 
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.repeats = 1 if args.quick else args.repeats
+    if args.quick:
+        args.repeats = args.threads = 1
     torch.set_num_threads(args.threads)
     report = Report(args.title, conditions(args))
     args.run(args, report)

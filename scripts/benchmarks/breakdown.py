@@ -1,6 +1,6 @@
 """Which kind of operator takes the time, by torch.profiler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ KINDS = {
 TURNS = 5
 
 
-def breakdown(calls: dict[str, Callable[[], Any]], device: str, inference: bool = False) -> list[Row]:
+def breakdown(calls: Mapping[str, Callable[[], Any]], device: str, inference: bool = False) -> list[Row]:
     """Milliseconds a call by kind of operator, a row a case."""
     rows = []
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])

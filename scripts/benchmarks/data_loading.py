@@ -12,14 +12,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import data
 import torch
-from involution import create_model
 
+import data
 from benchmarks import timing
 from benchmarks.fresh import fresh, resident
 from benchmarks.loop import bare, make_optimizer
 from benchmarks.report import Report, Row
+from involution import create_model
 
 FILL = 8  # batches taken before the clock starts: more than any queue holds
 Source = tuple[Iterator[Any], Callable[[], None]]  # batches without end, and how to stop
@@ -49,7 +49,7 @@ def torchvision_loader(root: str, batch: int, side: int, workers: int, device: s
         prefetch_factor=4 if workers else None, pin_memory=device == "cuda", drop_last=True,
     )  # fmt: skip
     gc.freeze()  # a worker must not run the destructors of the parent's DALI pipelines
-    iterator = iter(loader)
+    iterator: Any = iter(loader)
     gc.unfreeze()
 
     def close() -> None:
@@ -61,19 +61,23 @@ def torchvision_loader(root: str, batch: int, side: int, workers: int, device: s
 
 def bare_dali(root: str, batch: int, side: int, workers: int, device: str) -> Source:
     """DALI's own reader with its own random crop: no order of ours, no exact resume, no Pillow parity."""
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali.types import DALIDataType, DALIImageType
 
     mixed = device == "cuda"
 
-    @pipeline_def(batch_size=batch, num_threads=max(1, workers), device_id=0 if mixed else None, prefetch_queue_depth=4)
+    options: Any = {"device_id": 0 if mixed else None, "num_threads": max(1, workers), "prefetch_queue_depth": 4}
+
+    @pipeline_def(batch_size=batch, **options)
     def pipeline() -> Any:
+        pixels: Any
         encoded, targets = fn.readers.file(file_root=str(Path(root) / "train"), random_shuffle=True, name="reader")
         pixels = fn.decoders.image_random_crop(
-            encoded, device="mixed" if mixed else "cpu", output_type=types.RGB, random_area=[0.08, 1.0]
+            encoded, device="mixed" if mixed else "cpu", output_type=DALIImageType.RGB, random_area=[0.08, 1.0]
         )
         pixels = fn.resize(pixels, size=[side, side], antialias=True)
         return fn.crop_mirror_normalize(
-            pixels, mirror=fn.random.coin_flip(), output_layout="HWC", dtype=types.FLOAT,
+            pixels, mirror=fn.random.coin_flip(), output_layout="HWC", dtype=DALIDataType.FLOAT,
             mean=[255 * v for v in data.IMAGENET_MEAN], std=[255 * v for v in data.IMAGENET_STD],
         ), targets  # fmt: skip
 
@@ -156,17 +160,17 @@ def together(root: str, loading: dict[str, float], args: argparse.Namespace, rep
     )
 
     def step(batch: Any) -> None:
-        moved = [t.to(args.device, non_blocking=True) for t in (batch.images, batch.targets)]
-        bare(model, Batch(*moved, args.batch), optimizer)()
+        images = batch.images.to(args.device, non_blocking=True)
+        bare(model, Batch(images, batch.targets.to(args.device), args.batch), optimizer)()
 
-    made = {"synthetic": lambda: (itertools.repeat(synthetic), lambda: None)}
+    made: dict[str, Callable[[], Source]] = {"synthetic": lambda: (itertools.repeat(synthetic), lambda: None)}
     made |= {name: make for name, make in sources(root, args).items() if name.startswith("data.")}
     rates: timing.Samples = {name: [] for name in made}
     for _ in range(max(1, args.repeats // 2)):
         for name in made:
             rates[name].append(rate(made[name], max(2, args.batches // 8), args.batch, args.device, step))
     alone = median(rates["synthetic"])
-    rows = [
+    rows: list[Row] = [
         {
             "loader": name, "loading only (images/s)": loading.get(name), "model only (images/s)": alone,
             "end to end (images/s)": median(values), "end to end / model only": median(values) / alone,
@@ -200,12 +204,8 @@ def memory(root: str, args: argparse.Namespace, report: Report) -> None:
     rows = []
     for loader in ("dali", "torch") if "data.loader=dali" in sources(root, args) else ("torch",):
         sizes = fresh(memory_over_epochs, root, loader, args.batch, args.side, args.workers, epochs)
-        rows.append(
-            {
-                "loader": loader, "after epoch 1 (MiB)": sizes[0], f"after epoch {epochs // 2}": sizes[epochs // 2 - 1],
-                f"after epoch {epochs}": sizes[-1], "growth since epoch 2 (MiB an epoch)": (sizes[-1] - sizes[1]) / (epochs - 2),
-            }
-        )  # fmt: skip
+        row = {"loader": loader} | {f"after epoch {n} (MiB)": sizes[n - 1] for n in (1, 2, epochs)}
+        rows.append(row | {"growth since epoch 2 (MiB an epoch)": (sizes[-1] - sizes[1]) / (epochs - 2)})
     report.table(f"Resident memory over {epochs} epochs, with the workers", rows, "Fresh processes, default allocator.")
 
 

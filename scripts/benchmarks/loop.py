@@ -1,7 +1,7 @@
 """The trainer's step against a bare loop with the same model, optimizer and synthetic batch.
 
-The trainer really runs `fit`. Its loader is where the two alternate: every time the trainer asks for a batch, the loader
-first takes the time since its last answer, which is one step of the trainer, and then times one step of the bare loop.
+The trainer really runs `fit`. Its loader is where the two alternate: every time the trainer asks for a batch, the
+loader takes the time since its last answer, which is one step of the trainer, and then times one step of the bare loop.
 """
 
 import argparse
@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import timing
+from benchmarks.machine import fill_heap
+from benchmarks.report import Report, Row
 from data import Batch
 from involution import create_model
 from involution.engine.distributed import World
@@ -22,11 +27,6 @@ from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
 from involution.engine.task import Classification
 from involution.engine.trainer import Trainer
-from torch import nn
-
-from benchmarks import timing
-from benchmarks.machine import fill_heap
-from benchmarks.report import Report, Row
 
 WARM_UP = 3
 LR, SMOOTHING = 1e-3, 0.1
@@ -108,8 +108,8 @@ def measure(name: str, side: int, batch_size: int, args: argparse.Namespace) -> 
         run_folder.open()
         trainer = Trainer(
             model, Classification(SMOOTHING), make_optimizer(model), cosine(LR, steps), loader, [batch],
-            train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world, run=run_folder,
-            extra_state={"config": {}, "class_names": []},
+            train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world,
+            run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip
         trainer.fit()
     samples = {case: times[WARM_UP:] for case, times in loader.samples.items()}

@@ -25,7 +25,8 @@ def _cpu() -> str:
     except OSError:
         return platform.processor()
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    name = names[0] if names else platform.processor()
+    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _version(package: str) -> str:
@@ -72,7 +73,7 @@ def fill_heap(gib: float) -> None:
 
 
 def bandwidth(size: int, device: str) -> float:
-    """Bytes/s of the stream triad a = b + 2 c on three arrays of `size` bytes in all (small ones stay in the caches)."""
+    """Bytes/s of the stream triad a = b + 2 c, its three arrays `size` bytes in all (small ones stay in the caches)."""
     b, c = (torch.ones(max(size // 12, 1024), device=device) for _ in range(2))
     a = torch.empty_like(b)
     return 12 * b.numel() / _best(lambda: torch.add(b, c, alpha=2, out=a), device)

@@ -6,12 +6,13 @@ Each side runs in every variant, all interleaved; what counts is best against be
 import argparse
 import copy
 import csv
+import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from involution import create_model
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -20,6 +21,7 @@ from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import REPOSITORY, fill_heap
 from benchmarks.report import Report, Row
+from involution import create_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
@@ -49,7 +51,7 @@ def folded(model: nn.Module) -> nn.Module:
 
     def fold(module: nn.Module) -> None:
         children = list(module.named_children())
-        for (first, conv), (second, norm) in zip(children, children[1:]):
+        for (first, conv), (second, norm) in itertools.pairwise(children):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
@@ -202,7 +204,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     if "breakdown" in parts:
         for batch in args.batch:
             x = images(batch, args.side, args.device, DTYPES[args.dtype])
-            calls = {name: lambda model=variants[name]["folded"]: model(x) for name in names}
+            calls = {name: partial(variants[name]["folded"], x) for name in names}
             report.table(
                 f"Where inference spends its time, folded, batch {batch} (ms)", breakdown(calls, args.device, True)
             )

@@ -7,72 +7,18 @@ import argparse
 import os
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from involution.ops import involution2d, reference, span_involution2d
 from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import bandwidth, fill_heap, peak_flops
+from benchmarks.problem import DTYPES, OTHERS, STAGES, Problem, Shape, describe, size
 from benchmarks.report import Report, Row
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-GROUP = 16  # channels that share a kernel
 Call = Callable[[], Any]
-
-
-class Shape(NamedTuple):
-    """One involution of RedNet-50 at 224 x 224."""
-
-    name: str
-    channels: int
-    size: int
-    kernel_size: int = 7
-    stride: int = 1
-
-
-STAGES = [Shape(f"stage {i + 1}", 64 << i, 56 >> i) for i in range(4)]
-OTHERS = [Shape("stem", 32, 112, 3)] + [Shape(f"stage {i + 1}, first", 64 << i, 112 >> i, 7, 2) for i in (1, 2, 3)]
-
-
-class Problem:
-    """Tensors as they come in a RedNet: the kernels are a view of a 1x1 convolution's output."""
-
-    def __init__(self, shape: Shape, batch: int, device: str, dtype: torch.dtype, last: bool = True) -> None:
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        self.shape, self.batch = shape, batch
-        self.padding = shape.kernel_size // 2
-
-        def make(*size: int) -> Tensor:
-            return torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=memory_format)
-
-        c, k, out = shape.channels, shape.kernel_size, shape.size // shape.stride
-        self.input = make(batch, c, shape.size, shape.size)
-        self.reduced = make(batch, c // 4, out, out)
-        self.weight, self.bias = make(c // GROUP * k * k, c // 4, 1, 1), make(c // GROUP * k * k, 1, 1, 1).flatten()
-        self.grad = make(batch, c, out, out)
-        self.kernel = self.span(self.reduced, self.weight, self.bias).detach()
-        self.window_flops = 2 * self.grad.numel() * k * k
-        self.span_flops = 2 * batch * out * out * self.weight.numel()
-
-    def span(self, reduced: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        k = self.shape.kernel_size
-        return F.conv2d(reduced, weight, bias).unflatten(1, (-1, k, k))
-
-    def unfold(self, input: Tensor, kernel: Tensor) -> Tensor:
-        return reference.involution2d(input, kernel, self.shape.stride, self.padding, 1)
-
-    def plain(self, input: Tensor, kernel: Tensor) -> Tensor:
-        return involution2d(input, kernel, stride=self.shape.stride)
-
-    def unfused(self, input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return self.plain(input, self.span(reduced, weight, bias))
-
-    def fused(self, input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return span_involution2d(input, reduced, weight, bias, self.shape.kernel_size, stride=self.shape.stride)
 
 
 def forward(function: Callable[..., Tensor], *inputs: Tensor) -> Call:
@@ -95,10 +41,6 @@ def forced(backend: str, call: Call) -> Call:
         return call()
 
     return run
-
-
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 class Bench:
@@ -199,12 +141,6 @@ def graphed(call: Call) -> Call:
     return graph.replay
 
 
-def describe(shape: Shape) -> str:
-    return (
-        f"{shape.name}: C {shape.channels}, {shape.size} x {shape.size}, K {shape.kernel_size}, stride {shape.stride}"
-    )
-
-
 def peak_memory(case: str, batch: int, device: str, dtype: str, quick: bool) -> float:
     """MiB on top of inputs and incoming gradient, of forward and backward of stage 1 (run in a fresh process)."""
     shape = STAGES[3 if quick else 0]
@@ -230,8 +166,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     )
     shapes = STAGES[3:] if args.quick else STAGES + (OTHERS if args.all_shapes else OTHERS[:1])
     note = (
-        "Inputs and kernels given, everything channels_last but for unfold, which needs NCHW. The roofline is the larger of "
-        "operations / peak and bytes of all operands / bandwidth of a triad over as many bytes."
+        "Inputs and kernels given, everything channels_last but for unfold, which needs NCHW. The roofline is the "
+        "larger of operations / peak and bytes of all operands / bandwidth of a triad over as many bytes."
     )
     for backward in (False, True):
         what = "forward + backward" if backward else "forward"
