@@ -14,7 +14,6 @@ from torch import Tensor
 
 from . import triton_gradients, triton_kernels
 from .shapes import empty_kernel, empty_output, output_hw
-from .triton_kernels import WINDOW
 
 INTERPRETED = triton.knobs.runtime.interpret
 _ACCUMULATE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float32, torch.bfloat16: tl.float32}
@@ -32,37 +31,37 @@ class Launch(NamedTuple):
 
 
 def _fitting(configs: list[triton.Config], named: dict[str, Any], **arguments: Any) -> list[triton.Config]:
-    """Configurations whose groups exist and whose tile of GB * BC channels stays within 64 (more would spill)."""
+    """Configurations whose groups exist and in which a thread holds at most 8 channels of its runs (more would spill)."""
     values = {**named, **arguments}
 
-    def fits(groups: int) -> bool:
-        return groups == 1 or (groups < 2 * values["G"] and groups * values["BC"] <= 64)
+    def fits(config: triton.Config) -> bool:
+        groups = config.kwargs.get("GB", values.get("GB"))
+        held = config.kwargs.get("J", values.get("J")) * groups * values["BC"] / (32 * config.num_warps)
+        return (groups == 1 or groups < 2 * values["G"]) and held <= 8
 
-    return [config for config in configs if fits(config.kwargs.get("GB", 1))]
+    return [config for config in configs if fits(config)] or configs[-1:]
 
 
-def _tuned(kernel: Any, configs: list[tuple[int, int | None, int]], key: str) -> Any:
-    """Autotuning over (J, GB or None, warps).  The batch size is no part of the key.  J and, where it is tuned, GB do
-    not change the order of any sum, so the choice never changes a result."""
+def _tuned(kernel: Any, configs: list[tuple[int | None, int | None, int]], key: str) -> Any:
+    """Autotuning over (J, GB, warps), None where the launch fixes it: whatever would change the order of a sum, so that
+    the choice never changes a result.  The batch size is no part of the key."""
     options: dict[str, Any] = {"key": key.split(), "prune_configs_by": {"early_config_prune": _fitting}}
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True  # on disk, where Triton keeps its compiled kernels
     choices = [
-        triton.Config({"J": j} | ({} if gb is None else {"GB": gb}), num_warps=warps, num_stages=2)
+        triton.Config({k: v for k, v in (("J", j), ("GB", gb)) if v is not None}, num_warps=warps, num_stages=2)
         for j, gb, warps in configs
     ]
     return triton.autotune(choices, **options)(kernel)
 
 
-_TILES: list[tuple[int, int | None, int]] = [(4, 4, 4), (8, 4, 4), (8, 4, 8), (8, 2, 4), (16, 1, 4), (32, 1, 8)]
-_KEY = "G GC R K S P D H W WIDE x_strides"
-_forward = _tuned(triton_kernels.forward_kernel, _TILES, _KEY + " kernel_strides reduced_strides")
-_grad_input = _tuned(
-    triton_kernels.grad_input_kernel, _TILES, "G GC R K S P D H W WIDE grad_strides kernel_strides reduced_strides"
-)
-_grad_kernel = _tuned(triton_gradients.grad_kernel_kernel, _TILES, "G GC K S P D H W WIDE x_strides out_strides")
-_grad_reduced = _tuned(triton_gradients.grad_reduced_kernel, [(2, None, 4), (4, None, 4), (8, None, 8)], _KEY)
-_grad_weight = _tuned(triton_gradients.grad_weight_kernel, [(8, None, 4), (8, None, 8)], _KEY)
+_KEY = "G GC K S P D H W WIDE STEP"
+_TILES: list[tuple[int | None, int | None, int]] = [(16, 4, 4), (8, 4, 2), (32, 2, 4), (16, 1, 4), (2, 1, 4)]
+_forward = _tuned(triton_kernels.forward_kernel, _TILES, _KEY + " R")
+_grad_input = _tuned(triton_kernels.grad_input_kernel, _TILES, _KEY + " R")
+_grad_kernel = _tuned(triton_gradients.grad_kernel_kernel, _TILES, _KEY)
+_grad_reduced = _tuned(triton_gradients.grad_reduced_kernel, [(16, None, 4), (8, None, 4), (2, None, 4)], _KEY + " R")
+_grad_weight = _tuned(triton_gradients.grad_weight_kernel, [(None, None, 4), (None, None, 2)], _KEY + " R")
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -72,78 +71,83 @@ def _power(value: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(value))
 
 
-def _windows(rows: int, width: int, images: int) -> int:
-    return images * rows * triton.cdiv(width, WINDOW)
-
-
 def _is_wide(*tensors: Tensor | None) -> bool:
     """Whether some offset needs 64 bits (they cost registers everywhere else)."""
     spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
-    return max(spans) >= 2**31
+    return max(spans) >= 2**30
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
     return None if tensor is None else tensor.stride()
 
 
-def _common(input: Tensor, kernel_size: int, groups: int, stride: int, padding: int, dilation: int) -> dict[str, Any]:
+def common_arguments(
+    input: Tensor, kernel_size: int, groups: int, reduced: Tensor | None, stride: int, padding: int, dilation: int
+) -> dict[str, Any]:
     """The arguments that all kernels share."""
     height, width = output_hw(input, kernel_size, stride, padding, dilation)
     channels = input.shape[1] // groups
-    return {
+    taps = _power(kernel_size, 8)
+    arguments = {
         "H": input.shape[2], "W": input.shape[3], "HO": height, "WO": width, "G": groups, "GC": channels,
         "K": kernel_size, "S": stride, "P": padding, "D": dilation, "ACC": _ACCUMULATE[input.dtype],
-        "BC": min(64, _power(channels, 16)),
-        "Q": _power((WINDOW - 1) * stride + (kernel_size - 1) * dilation + 1, 16),
+        "BC": min(64, _power(channels)), "KP": taps, "LOG_KP": taps.bit_length() - 1,
+        "RUN": 7 if kernel_size <= 7 and input.dtype != torch.float64 else 4,  # else the registers do not suffice
     }  # fmt: skip
+    if reduced is not None:
+        arguments |= {"R": reduced.shape[1], "RP": _power(reduced.shape[1], 16)}
+    return arguments
 
 
-def _span_sizes(reduced: Tensor | None, kernel_size: int) -> dict[str, int]:
-    channels = 1 if reduced is None else reduced.shape[1]
-    return {"R": channels, "RP": _power(channels, 16), "KP": _power(kernel_size, 8)}
+def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:
+    return images * arguments[rows] * triton.cdiv(arguments[width], arguments["RUN"])
+
+
+def _span_or_kernel(
+    kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Any]:
+    arguments = {"kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias}
+    arguments |= {"kernel_strides": _strides(kernel), "reduced_strides": _strides(reduced)}
+    return arguments | ({"KSTEP": None} if kernel is None else {"KSTEP": kernel.stride(5), "R": 1, "RP": 16})
 
 
 def plan_forward(
     input: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    arguments = common | _span_sizes(reduced, common["K"])
-    arguments |= {"x": input, "kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias, "out": out}
-    arguments |= {"x_strides": input.stride(), "kernel_strides": _strides(kernel)}
-    arguments |= {"reduced_strides": _strides(reduced), "out_strides": out.stride()}
-    arguments |= {"total": _windows(common["HO"], common["WO"], input.shape[0])}
-    return Launch(_forward, arguments | {"WIDE": _is_wide(input, kernel, reduced, out)}, _tiles_by_groups_by_chunks)
+    arguments = common | _span_or_kernel(kernel, reduced, weight, bias) | {"WIDE": _is_wide(input, kernel, reduced, out)}
+    arguments |= {"x": input, "x_strides": input.stride(), "STEP": input.stride(3)}
+    arguments |= {"out": out, "out_strides": out.stride(), "total": _runs(common, input.shape[0])}
+    return Launch(_forward, arguments, _tiles_by_groups_by_chunks)
 
 
 def plan_grad_input(
     grad: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    arguments = common | _span_sizes(reduced, common["K"])
-    arguments |= {"grad": grad, "kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias, "out": out}
-    arguments |= {"grad_strides": grad.stride(), "kernel_strides": _strides(kernel)}
-    arguments |= {"reduced_strides": _strides(reduced), "out_strides": out.stride()}
-    arguments["Q"] = _power((WINDOW - 1 + (common["K"] - 1) * common["D"]) // common["S"] + 1, 16)
-    arguments["total"] = _windows(common["H"], common["W"], grad.shape[0])
-    return Launch(_grad_input, arguments | {"WIDE": _is_wide(grad, kernel, reduced, out)}, _tiles_by_groups_by_chunks)
+    arguments = common | _span_or_kernel(kernel, reduced, weight, bias) | {"WIDE": _is_wide(grad, kernel, reduced, out)}
+    arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
+    if common["S"] > 1:
+        arguments["RUN"] = triton.cdiv(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
+    arguments |= {"out": out, "out_strides": out.stride(), "total": _runs(arguments, grad.shape[0], "H", "W")}
+    return Launch(_grad_input, arguments, _tiles_by_groups_by_chunks)
 
 
 def _correlation(grad: Tensor, input: Tensor, common: dict[str, Any], *others: Tensor) -> dict[str, Any]:
-    total = _windows(common["HO"], common["WO"], input.shape[0])
-    wide = _is_wide(grad, input, *others)
-    strides = {"x_strides": input.stride(), "grad_strides": grad.stride()}
-    return common | strides | {"x": input, "grad": grad, "total": total, "WIDE": wide}
+    arguments = {"x": input, "grad": grad, "x_strides": input.stride(), "grad_strides": grad.stride()}
+    arguments |= {"STEP": input.stride(3), "total": _runs(common, input.shape[0])}
+    return common | arguments | {"WIDE": _is_wide(grad, input, *others)}
 
 
 def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
-    arguments = _correlation(grad, input, common, out) | {"out": out, "out_strides": out.stride()}
+    arguments = _correlation(grad, input, common, out)
+    arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5)}
     return Launch(_grad_kernel, arguments, lambda a: triton.cdiv(a["total"], a["J"]) * triton.cdiv(a["G"], a["GB"]))
 
 
 def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
-    arguments = _correlation(grad, input, common, out) | _span_sizes(out, common["K"])
-    arguments |= {"weight": weight, "out": out, "out_strides": out.stride()}
-    arguments["GB"] = _groups_at_once(arguments, 64)
+    arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
+    arguments["GB"] = min(4, _power(common["G"]), max(1, 64 // common["BC"]))
     return Launch(_grad_reduced, arguments, lambda a: triton.cdiv(a["total"], a["J"]))
 
 
@@ -151,24 +155,21 @@ def plan_grad_weight(
     grad: Tensor, input: Tensor, reduced: Tensor, with_bias: bool, common: dict[str, Any]
 ) -> tuple[Launch, Tensor, Tensor | None]:
     """The launch, and the partial sums of weight (parts, G*K*K, R) and bias (parts, G*K*K) that it fills."""
-    arguments = _correlation(grad, input, common, reduced) | _span_sizes(reduced, common["K"])
-    taps, channels = common["G"] * common["K"] ** 2, reduced.shape[1]
-    budget = 128  # GB * RP: with UB = 7 rows of 8 taps the sums take 7168 registers of a program
-    arguments["GB"] = groups = min(_groups_at_once(arguments, 64), _power(budget // arguments["RP"]))
-    arguments["UB"] = rows = max(1, min(common["K"], 8192 // (groups * arguments["RP"] * arguments["KP"])))
+    arguments = _correlation(grad, input, common, reduced)
+    taps, channels, padded = common["G"] * common["K"] ** 2, common["R"], common["RP"]
+    # Two rows of taps a program: they share most input rows (in L1); more take minutes to compile.  The sums of a row,
+    # KP taps x GB groups x RP, are at most 2048 values of a program's registers.
+    rows, groups = min(2, common["K"]), min(4, _power(common["G"]), max(1, 64 // common["BC"]), max(1, 256 // padded))
+    runs = max(2, min(1024 // (groups * max(16, common["BC"])), 2048 // padded))
     programs = triton.cdiv(common["G"], groups) * triton.cdiv(common["K"], rows)
-    # about four programs a multiprocessor of the largest GPUs, so that the order of the sums depends on no machine
-    parts = min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], 8))
+    # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
+    parts = max(1, min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], runs)))
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
     biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
-    arguments |= {"reduced": reduced, "reduced_strides": reduced.stride(), "parts": parts}
-    arguments |= {"weight_parts": weights, "bias_parts": biases}
+    arguments |= {"reduced": reduced, "reduced_strides": reduced.stride(), "GB": groups, "UB": rows, "J": runs}
+    arguments |= {"parts": parts, "weight_parts": weights, "bias_parts": biases}
     return Launch(_grad_weight, arguments, lambda _: programs * parts), weights, biases
-
-
-def _groups_at_once(arguments: dict[str, Any], channels: int) -> int:
-    return max(1, min(_power(arguments["G"]), channels // arguments["BC"]))
 
 
 def _tiles_by_groups_by_chunks(a: dict[str, Any]) -> int:
@@ -176,10 +177,8 @@ def _tiles_by_groups_by_chunks(a: dict[str, Any]) -> int:
 
 
 def _run(launch: Launch, device: torch.device) -> None:
-    if launch.arguments["total"] == 0:
-        return
     if INTERPRETED:  # one small configuration: nothing to tune
-        small = {"J": 2, "GB": 2} | launch.arguments
+        small = {"J": 16, "GB": 2} | launch.arguments
         launch.kernel.fn[(launch.programs(small),)](**small)
         return
     with torch.cuda.device(device):
@@ -194,7 +193,7 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
     if input.dtype not in _ACCUMULATE or kernel.dtype != input.dtype:
         return f"input is {input.dtype} and kernel {kernel.dtype}; both have to be one of float64, 32, 16, bfloat16"
     if INTERPRETED:
-        return None
+        return "Triton's interpreter multiplies the bit patterns of bfloat16" if input.dtype == torch.bfloat16 else None
     if input.device.type != "cuda":
         return f"the tensors are on {input.device}; it needs a CUDA device (or TRITON_INTERPRET=1)"
     if torch.cuda.get_device_capability(input.device) < (8, 0):
@@ -203,7 +202,7 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
 
 
 def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    common = _common(input, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    common = common_arguments(input, kernel.shape[2], kernel.shape[1], None, stride, padding, dilation)
     out = empty_output(input, input.shape[1], common["HO"], common["WO"])
     _run(plan_forward(input, kernel, None, None, None, out, common), input.device)
     return out
@@ -213,7 +212,7 @@ def backward(
     grad: Tensor, input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int, needs_input: bool,
     needs_kernel: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    common = _common(input, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    common = common_arguments(input, kernel.shape[2], kernel.shape[1], None, stride, padding, dilation)
     grad_input = empty_output(input, *input.shape[1:]) if needs_input else None
     grad_kernel = empty_kernel(kernel) if needs_kernel else None
     if grad_input is not None:
@@ -227,7 +226,7 @@ def _span(
     input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, *options: int
 ) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
     weight = weight.reshape(weight.shape[0], reduced.shape[1]).contiguous()
-    common = _common(input, kernel_size, weight.shape[0] // kernel_size**2, *options)
+    common = common_arguments(input, kernel_size, weight.shape[0] // kernel_size**2, reduced, *options)
     return weight, None if bias is None else bias.contiguous(), common
 
 

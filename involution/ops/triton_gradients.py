@@ -1,133 +1,190 @@
 """Triton kernels of the involution's other gradients: of the kernels (plain), of reduced, weight and bias (fused).
 
-Letters as in triton_kernels.py.  All three begin with the same product over a group's channels,
-    products[q, i] = sum_c x[c, q] grad[c, i]     (Q input columns x 8 output pixels, one row of taps),
-of which the tap of pixel i with column q is the gradient of that kernel value.  The plain operator stores those; the
-fused one gathers them into rows of taps and multiplies by weight (-> reduced) or by reduced (-> weight) at once.
+Letters and runs as in triton_kernels.py.  All three begin with the same sums over a group's channels,
+    products[v * 8 + i] = sum_c x[column i S + v D, c] grad[pixel i, c]        (N,) each, for one row of taps,
+which are the gradients of the kernel values.  The plain operator stores them; the fused one multiplies them at once by
+weight (-> reduced) or by reduced (-> weight), on the tensor cores, and never writes them.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_kernels import by_group, group_channels, load_row, load_weight, tap_rows_of, taps_at, windows
+from .triton_kernels import (
+    channels, columns_from, group_ok, load_column, load_reduced, load_weight, pack, runs, tap_at, tap_numbers,
+    tap_pointers,
+)  # fmt: skip
 
 
 @triton.jit
-def products_of(x, grad, x_strides, grad_strides, b, y, x0, ok, u, block, H, W, WO, G, GC: tl.constexpr,
-                S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, BC: tl.constexpr,
-                WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """Tap row u of the products of J windows x GB groups: (J * GB, Q, 8)."""
+def load_run(grad, strides, b, y, x0, ok, width, channel, channel_ok, RUN: tl.constexpr, EVEN: tl.constexpr,
+             ACC: tl.constexpr):  # fmt: skip
+    """grad at the RUN pixels: a tuple of (N, BC)."""
+    pointers = grad + ((b * strides[0] + y * strides[2] + x0 * strides[3])[:, None] + channel * strides[1])
+    left = columns_from(x0, ok, width)
+    values = ()
+    for i in tl.static_range(RUN):
+        values = values + (load_column(pointers, left, i, width, channel_ok, strides[3], EVEN, ACC),)
+    return values
+
+
+@triton.constexpr_function
+def place_of(tap, pixel, K, S, D, RUN):
+    """Where products_of, which goes column by column, meets this tap of this pixel; -1 if there is no such product."""
+    pairs = [
+        (q, i)
+        for q in range((RUN - 1) * S + (K - 1) * D + 1)
+        for i in range(RUN)
+        if q >= i * S and (q - i * S) % D == 0 and (q - i * S) // D < K
+    ]
+    return pairs.index((pixel * S + tap * D, pixel)) if tap < K and pixel < RUN else -1
+
+
+@triton.jit
+def products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block, H, W, WO, G, GC: tl.constexpr,
+                K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
+                BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+                J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+    """Tap row u: 8 * KP tensors (N, 1), zeros for pixels from RUN and taps from K on.  grads: the first BC channels."""
+    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
+    tl.assume(H > 0)
     iy = y * S - P + u * D
-    row_ok = ok & (iy >= 0) & (iy < H)
-    acc = tl.zeros((J * GB, Q, 8), ACC)
+    left = columns_from(x0 * S - P, ok & (iy >= 0) & (iy < H), W)
+    totals = ()
     for chunk in tl.static_range((GC + BC - 1) // BC):
-        channel, channel_ok = group_channels(block, chunk, G, GC, GB, BC, WIDE)
-        tile = by_group(load_row(x, x_strides, b, iy, x0 * S - P, row_ok, W, channel, channel_ok, J, Q), J, GB)
-        g = by_group(load_row(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, J, 8), J, GB)
-        acc = tl.dot(tl.permute(tile, (0, 2, 1)), g, acc, input_precision="ieee", out_dtype=ACC)
-    return acc
-
-
-@triton.jit
-def tap_rows(products, J: tl.constexpr, GB: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S: tl.constexpr,
-             D: tl.constexpr):  # fmt: skip
-    """(J * GB, Q, 8) -> (J * 8, GB * KP): for every pixel and group its KP taps (those from K on are arbitrary)."""
-    Q: tl.constexpr = products.shape[1]
-    rows = tl.permute(tl.reshape(products, (J, GB, Q, 8)), (0, 3, 1, 2))
-    pixel = tl.arange(0, J * 8 * GB) // GB % 8
-    tap = tl.minimum(tl.arange(0, KP), K - 1)
-    index = (pixel * S)[:, None] + (tap * D)[None, :]
-    return tl.reshape(tl.gather(tl.reshape(rows, (J * 8 * GB, Q)), index, 1), (J * 8, GB * KP))
+        channel, channel_ok = channels(block, chunk, G, GC, GB, BC, J, WIDE)
+        pointers = x + ((b * x_strides[0] + iy * x_strides[2] + (x0 * S - P) * STEP)[:, None] + channel * x_strides[1])
+        if chunk > 0:
+            grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
+        sums = ()
+        for q in tl.static_range((RUN - 1) * S + (K - 1) * D + 1):
+            column = load_column(pointers, left, q, W, channel_ok, STEP, EVEN, ACC)
+            for i in tl.static_range(RUN):
+                if tap_at(q - i * S, K, D) >= 0:
+                    sums = sums + (tl.sum(column * grads[i], 1),)
+        if chunk == 0:
+            totals = sums
+        else:
+            added = ()
+            for n in tl.static_range(RUN * K):
+                added = added + (totals[n] + sums[n],)
+            totals = added
+    products = ()
+    for n in tl.static_range(8 * KP):
+        if place_of(n // 8, n % 8, K, S, D, RUN) >= 0:
+            products = products + (totals[place_of(n // 8, n % 8, K, S, D, RUN)][:, None],)
+        else:
+            products = products + (tl.zeros((J * GB, 1), ACC),)
+    return products
 
 
 @triton.jit(do_not_specialize=["total"])
 def grad_kernel_kernel(x, grad, out, x_strides, grad_strides, out_strides, total, H, W, HO, WO, G: tl.constexpr,
                        GC: tl.constexpr, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
-                       Q: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr,
-                       GB: tl.constexpr):  # fmt: skip
-    """out (B, G, K, K, Ho, Wo) = gradient of the kernels of the plain operator."""
+                       KP: tl.constexpr, LOG_KP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr,
+                       STEP: tl.constexpr, KSTEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+                       J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+    """out (B, G, K, K, Ho, Wo) = gradient of the kernels of the plain operator.  KSTEP = out_strides[5]."""
     blocks: tl.constexpr = (G + GB - 1) // GB
+    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
     pid = tl.program_id(0)
     block = pid % blocks
-    b, y, x0, ok = windows(pid // blocks * J, HO, tl.cdiv(WO, 8), total, J, WIDE)
-    pixel = tl.arange(0, 8)
-    tap, tap_ok = taps_at(tl.arange(0, Q)[None, :] - (pixel * S)[:, None], K, D)
-    column = x0[:, None] + pixel[None, :]
-    group = block * GB + tl.arange(0, GB)
-    place = (b * out_strides[0] + y * out_strides[4])[:, None] + column * out_strides[5]
-    place = place[:, :, None, None] + (group * out_strides[1])[None, None, :, None]
-    place += (tap * out_strides[3])[None, :, None, :]  # (J, 8, GB, Q)
-    mask = (ok[:, None] & (column < WO))[:, :, None, None] & (group < G)[None, None, :, None] & tap_ok[None, :, None, :]
+    b, y, x0, ok = runs(pid // blocks * J, HO, WO, total, J, GB, RUN, WIDE)
+    channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
+    grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
+    pointers = tap_pointers(out, out_strides, b, x0, block, J, GB, KP) + (y * out_strides[4])[:, None]
+    inside = columns_from(x0, ok & group_ok(block, G, J, GB), WO)
     for u in range(K):
-        products = products_of(x, grad, x_strides, grad_strides, b, y, x0, ok, u, block, H, W, WO, G, GC, S, P, D, Q,
-                               BC, WIDE, ACC, J, GB)  # fmt: skip
-        rows = tl.permute(tl.reshape(products, (J, GB, Q, 8)), (0, 3, 1, 2))
-        tl.store(out + (place + u * out_strides[2]), rows.to(out.dtype.element_ty), mask=mask)
+        products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block, H, W, WO, G, GC, K, S,
+                               P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
+        for i in tl.static_range(RUN):
+            taps = ()
+            for v in tl.static_range(KP):
+                taps = taps + (products[v * 8 + i],)
+            mask = ((inside + i >= 0) & (inside + i < WO))[:, None] & (tl.arange(0, KP) < K)[None, :]
+            values = pack(taps, 1, LOG_KP).to(out.dtype.element_ty)
+            tl.store(pointers + (u * out_strides[2] + i * KSTEP), values, mask=mask)
+
+
+@triton.jit
+def tap_matrix(products, dtype: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, J: tl.constexpr,
+               GB: tl.constexpr):  # fmt: skip
+    """The products as an operand of the tensor cores: (8 J pixels, GB * KP taps)."""
+    tile = tl.reshape(pack(products, 1, 3 + LOG_KP).to(dtype), (J, GB, KP, 8))
+    return tl.reshape(tl.permute(tile, (0, 3, 1, 2)), (J * 8, GB * KP))
 
 
 @triton.jit(do_not_specialize=["total"])
 def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strides, total, H, W, HO, WO,
                         G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                        P: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, KP: tl.constexpr, RP: tl.constexpr,
-                        BC: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr,
-                        GB: tl.constexpr):  # fmt: skip
+                        P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, RP: tl.constexpr,
+                        BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
+                        ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
     """out (B, R, Ho, Wo) = gradient of reduced: a program sums over all groups and taps of its pixels."""
-    b, y, x0, ok = windows(tl.program_id(0) * J, HO, tl.cdiv(WO, 8), total, J, WIDE)
+    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
+    first = tl.program_id(0) * J
+    b, y, x0, ok = runs(first, HO, WO, total, J, GB, RUN, WIDE)
     acc = tl.zeros((J * 8, RP), ACC)
     for block in range((G + GB - 1) // GB):
+        channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
+        grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
         for u in range(K):
-            products = products_of(x, grad, x_strides, grad_strides, b, y, x0, ok, u, block, H, W, WO, G, GC, S, P, D,
-                                   Q, BC, WIDE, ACC, J, GB)  # fmt: skip
-            rows = tap_rows(products.to(x.dtype.element_ty), J, GB, K, KP, S, D)
-            tap, tap_ok = tap_rows_of(u, block, G, K, KP, GB)
-            w = load_weight(weight, tap, tap_ok, R, RP)
-            acc = tl.dot(rows, tl.permute(w, (1, 0)), acc, input_precision="ieee", out_dtype=ACC)
+            products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block, H, W, WO, G, GC,
+                                   K, S, P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
+            taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
+            tap, tap_ok = tap_numbers(u, block, G, K, KP, GB)
+            w = tl.permute(load_weight(weight, tap, tap_ok, R, RP), (1, 0))
+            acc = tl.dot(taps, w, acc, input_precision="ieee", out_dtype=ACC)
+    b, y, x0, ok = runs(first, HO, WO, total, J, 8, RUN, WIDE)
+    pixel = tl.arange(0, J * 8) % 8
     r = tl.arange(0, RP)
-    column = x0[:, None] + tl.arange(0, 8)[None, :]
-    offset = (b * out_strides[0] + y * out_strides[2])[:, None] + column * out_strides[3]
-    offset = offset[:, :, None] + (r * out_strides[1])[None, None, :]
-    mask = (ok[:, None] & (column < WO))[:, :, None] & (r < R)[None, None, :]
-    tl.store(out + offset, tl.reshape(acc, (J, 8, RP)).to(out.dtype.element_ty), mask=mask)
+    offset = b * out_strides[0] + y * out_strides[2] + (x0 + pixel) * out_strides[3]
+    mask = (ok & (pixel < RUN) & (x0 + pixel < WO))[:, None] & (r < R)[None, :]
+    tl.store(out + (offset[:, None] + (r * out_strides[1])[None, :]), acc.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["total", "parts"])
 def grad_weight_kernel(x, grad, reduced, weight_parts, bias_parts, x_strides, grad_strides, reduced_strides, total,
                        parts, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-                       S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, KP: tl.constexpr,
-                       RP: tl.constexpr, BC: tl.constexpr, UB: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
-                       J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """weight_parts (parts, G * K * K, R), bias_parts (parts, G * K * K): sums over the windows of each part.
+                       S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
+                       RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, UB: tl.constexpr,
+                       WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+    """weight_parts (parts, G * K * K, R), bias_parts (parts, G * K * K): sums over the runs of each part.
 
-    The parts are added by a second kernel in a fixed order, so the same bits come out every run (atomics would not).
-    A program keeps UB rows of taps x GB groups in registers while it walks through its windows."""
-    rows_of_u: tl.constexpr = (K + UB - 1) // UB
+    The parts are added afterwards in a fixed order, so the same bits come out every run (atomics would not do that).
+    A program keeps UB rows of taps x GB groups in registers while it walks through its runs."""
+    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
+    rows_of_taps: tl.constexpr = (K + UB - 1) // UB
     blocks: tl.constexpr = (G + GB - 1) // GB
     pid = tl.program_id(0)
-    u0, block, part = pid % rows_of_u * UB, pid // rows_of_u % blocks, pid // (rows_of_u * blocks)
-    r = tl.arange(0, RP)
+    u0, block, part = pid % rows_of_taps * UB, pid // rows_of_taps % blocks, pid // (rows_of_taps * blocks)
+    channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
     sums, bias_sums = (), ()
     for _ in tl.static_range(UB):
         sums = sums + (tl.zeros((RP, GB * KP), ACC),)
         bias_sums = bias_sums + (tl.zeros((16, GB * KP), ACC),)
+    ones = tl.full((16, J * 8), 1, x.dtype.element_ty)
     steps = tl.cdiv(tl.cdiv(total, J), parts)
     for step in range(steps):
-        b, y, x0, ok = windows((part * steps + step) * J, HO, tl.cdiv(WO, 8), total, J, WIDE)
-        hidden = tl.reshape(load_row(reduced, reduced_strides, b, y, x0, ok, WO, r, r < R, J, 8), (J * 8, RP))
-        ones = tl.full((16, J * 8), 1, hidden.dtype)
+        first = (part * steps + step) * J
+        b, y, x0, ok = runs(first, HO, WO, total, J, GB, RUN, WIDE)
+        grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
+        bj, yj, xj, okj = runs(first, HO, WO, total, J, 1, RUN, WIDE)
+        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP)
         new, new_bias = (), ()
         for i in tl.static_range(UB):
-            products = products_of(x, grad, x_strides, grad_strides, b, y, x0, ok, u0 + i, block, H, W, WO, G, GC, S,
-                                   P, D, Q, BC, WIDE, ACC, J, GB)  # fmt: skip
-            taps = tap_rows(products.to(hidden.dtype), J, GB, K, KP, S, D)
+            products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u0 + i, block, H, W, WO, G,
+                                   GC, K, S, P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
+            taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
             new = new + (tl.dot(tl.permute(hidden, (1, 0)), taps, sums[i], input_precision="ieee", out_dtype=ACC),)
             if bias_parts is not None:  # a sum over pixels that stays on the tensor cores
                 new_bias = new_bias + (tl.dot(ones, taps, bias_sums[i], input_precision="ieee", out_dtype=ACC),)
             else:
                 new_bias = new_bias + (bias_sums[i],)
         sums, bias_sums = new, new_bias
+    r = tl.arange(0, RP)
     for i in tl.static_range(UB):
         if u0 + i < K:
-            tap, tap_ok = tap_rows_of(u0 + i, block, G, K, KP, GB)
+            tap, tap_ok = tap_numbers(u0 + i, block, G, K, KP, GB)
             place = part * (G * K * K) + tap
             tl.store(weight_parts + (place[None, :] * R + r[:, None]), sums[i], mask=tap_ok[None, :] & (r < R)[:, None])
             if bias_parts is not None:  # all 16 rows are the same sum
