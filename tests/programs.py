@@ -1,12 +1,19 @@
 """The real programs as subprocesses."""
 
+import io
 import json
+import logging
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+
+from hydra.core.global_hydra import GlobalHydra
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -37,6 +44,20 @@ def finish(process: subprocess.Popen[str], timeout: float = 600) -> Finished:
 def python(*arguments: str, timeout: float = 600, **environment: str) -> Finished:
     """Run `python ...` in the repository."""
     return finish(start([sys.executable, *arguments], **environment), timeout)
+
+
+def in_process(program: str, *arguments: str) -> Finished:
+    """Run a program here, for cases that end before any work starts: a process costs seconds of imports."""
+    output, errors, status = io.StringIO(), io.StringIO(), 0
+    logging.getLogger("involution").handlers.clear()  # of an earlier call
+    with redirect_stdout(output), redirect_stderr(errors), patch.object(sys, "argv", [program, *arguments]):
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as leave:
+            status = int(leave.code or 0)
+        finally:
+            GlobalHydra.instance().clear()
+    return Finished(status, output.getvalue(), errors.getvalue())
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 600) -> Finished:

@@ -134,7 +134,10 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
     try:
         return instantiate({**config, "_partial_": True})(groups)
     except TypeError as error:
-        raise UserError(f"optimizer {config['_target_']}: {error}") from error
+        raise UserError(
+            f"optimizer {config['_target_']}: {error}. The option comes from the command line or from a recipe made for "
+            "another optimizer"
+        ) from error
 
 
 def build_train_loader(images: Any, config: TrainConfig, world: World) -> Any:

@@ -1,0 +1,150 @@
+"""The real train.py and eval.py on real images, as a user runs them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from programs import python, torchrun
+
+TINY = ["recipe=demo", "device=cpu", "train.max_steps=4", "train.log_every_steps=2", "train.label_smoothing=0.1"]
+
+
+def train(root: Path, *overrides: str, ranks: int = 1, timeout: float = 600):
+    arguments = ["train.py", *TINY, f"output_root={root}", *overrides]
+    return torchrun(ranks, *arguments, timeout=timeout) if ranks > 1 else python(*arguments, timeout=timeout)
+
+
+def evaluate(*arguments: str, ranks: int = 1) -> dict:
+    arguments = ("eval.py", "device=cpu", *arguments)
+    finished = torchrun(ranks, *arguments) if ranks > 1 else python(*arguments)
+    assert finished.status == 0, finished.stderr
+    return finished.result
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A short run: 4 steps over the digits, with the torch loader."""
+    root = tmp_path_factory.mktemp("runs")
+    finished = train(root, "name=short", "data.loader=torch")
+    assert finished.status == 0, finished.stderr
+    folder = root / "short"
+    assert finished.result == json.loads((folder / "summary.json").read_text())
+    assert set(finished.result) == {"run_dir", "epochs", "steps", "val_top1", "val_top5", "best_top1"}
+    assert finished.result["run_dir"] == str(folder)
+    assert finished.result["steps"] == 4
+    return folder
+
+
+def test_the_run_folder_holds_what_the_design_promises(run):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["train"]["max_steps"] == 4
+    assert config["model"]["num_classes"] == 10
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert "rednet26" in (run / "train.log").read_text()
+    (line,) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = "epoch step lr train_loss val_loss val_top1 val_top5 images_per_s data_wait seconds peak_memory_mb"
+    assert set(expected.split()) <= set(line)
+    assert 0 <= line["data_wait"] <= 1
+    assert line["step"] == 4
+    assert list((run / "tensorboard").iterdir())
+    assert {"last.pt", "best.pt"} <= {path.name for path in (run / "checkpoints").iterdir()}
+
+
+def test_tensorboard_has_the_scalars_and_the_configuration(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/lr", "epoch/val_top1", "epoch/train_loss"} <= set(events.Tags()["scalars"])
+    assert any("config" in tag for tag in events.Tags()["tensors"])
+
+
+def test_starting_a_finished_run_again_trains_nothing(run):
+    before = (run / "metrics.jsonl").read_text()
+    finished = train(run.parent, "name=short", "data.loader=torch")
+    assert finished.status == 0, finished.stderr
+    assert finished.result["steps"] == 4
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("ranks", "loader"), [(1, "torch"), (1, "dali"), (2, "torch"), (2, "dali")])
+def test_evaluation_is_the_same_for_any_number_of_ranks_and_either_loader(run, ranks, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    result = evaluate(f"checkpoint={run}/checkpoints/last.pt", f"data.loader={loader}", "batch_size=100", ranks=ranks)
+    assert set(result) == {"checkpoint", "top1", "top5", "loss", "n"}
+    assert result["n"] == 355
+    assert result["top1"] == pytest.approx(recorded["val_top1"], abs=0.3 if loader == "dali" else 1e-6)
+    assert result["loss"] == pytest.approx(recorded["val_loss"], rel=1e-2 if loader == "dali" else 1e-4)
+
+
+def test_eval_takes_a_run_folder_and_its_best_checkpoint(run):
+    assert evaluate(f"checkpoint={run}", "data.loader=torch")["n"] == 355
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["checkpoint=README.md"], "README.md cannot be read as a checkpoint"),
+        ([], "checkpoint"),
+        (["checkpoint={run}", "data=folder", "data.root={run}"], "train"),
+        (["checkpoint={run}", "data.val_sise=3"], "did you mean data.val_size?"),
+    ],
+)
+def test_wrong_input_to_eval(run, arguments, message):
+    finished = python("eval.py", *(argument.format(run=run) for argument in arguments))
+    assert finished.status == 2, finished.stderr
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_two_ranks_train_one_model_and_write_one_run(tmp_path):
+    finished = train(tmp_path, "name=two", "train.batch_size=8", "train.global_batch_size=32", ranks=2)
+    assert finished.status == 0, finished.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert len([line for line in finished.stdout.splitlines() if line.startswith("{")]) == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["train.precision=bf16", "train.ema_decay=0.9", "train.clip_grad_norm=1", "model=resnet26"],
+        ["train.precision=fp16", "train.channels_last=false", "train.exclude_from_decay=norm_and_bias"],
+        ["optimizer=adamw", "schedule=step", "deterministic=true", "data.loader=torch", "data.workers=0"],
+        ["model.kernel_generation=linear", "model.group_channels=null", "model.kernel_size=3", "model.stem=convolution"],
+        ["train.compile=true", "train.max_steps=2", "model=resnet26"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_switch_trains_and_its_checkpoint_evaluates(tmp_path, overrides):
+    finished = train(tmp_path, "name=a", *overrides)
+    assert finished.status == 0, finished.stderr
+    result = evaluate(f"checkpoint={tmp_path}/a")
+    assert result["n"] == 355
+
+
+def test_a_sweep_gives_every_job_a_folder_named_by_its_overrides(tmp_path):
+    arguments = ["train.py", "-m", *TINY, f"output_root={tmp_path}", "name=sweep", "model.kernel_size=3,5"]
+    finished = python(*arguments, "train.max_steps=1")
+    assert finished.status == 0, finished.stderr
+    folders = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("summary.json"))
+    assert len(folders) == 2
+    assert "model.kernel_size=3" in folders[0]
+    assert "model.kernel_size=5" in folders[1]
+
+
+def test_rednet_learns_on_photos(tmp_path, imagenette):
+    finished = python(
+        "train.py", "recipe=demo", "data=imagenette", f"data.root={imagenette}", "data.train_size=64", "data.val_size=64",
+        "data.val_resize=73", "device=cpu", f"output_root={tmp_path}", "name=photos", "train.max_steps=60",
+        "train.evaluate_every_epochs=1", "optimizer.lr=0.02", "schedule.warmup_epochs=0.1", "train.label_smoothing=0.0",
+        OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    assert finished.status == 0, finished.stderr
+    assert finished.result["val_top1"] > 15  # chance is 10
