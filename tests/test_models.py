@@ -108,7 +108,8 @@ def test_eval_is_independent_of_memory_format_and_batch():
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         expected = model(images)
-        assert expected.isfinite().all() and expected.std() > 1e-3
+        assert expected.isfinite().all()
+        assert expected.std() > 1e-3
         torch.testing.assert_close(model(images[1:2]), expected[1:2])
         model.to(memory_format=torch.channels_last)
         images = images.to(memory_format=torch.channels_last)
@@ -129,7 +130,8 @@ def test_compiles_as_one_graph():
 def test_reset_classifier():
     model = involution.create_model("resnet26", num_classes=10)
     model.reset_classifier(3)
-    assert model.num_classes == 3 and model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+    assert model.num_classes == 3
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
     model.reset_classifier(0)
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, model.num_features)
 

@@ -27,7 +27,9 @@ def test_names_and_configuration():
     assert list_models("rednet*") == sorted(NAMES, key=lambda name: int(name[6:]))
     assert all(is_model(name) for name in NAMES)
     cfg = get_pretrained_cfg("rednet50")
-    assert cfg.input_size == (3, 224, 224) and cfg.crop_pct == 0.875 and cfg.architecture == "rednet50"
+    assert cfg.input_size == (3, 224, 224)
+    assert cfg.crop_pct == 0.875
+    assert cfg.architecture == "rednet50"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,8 +56,10 @@ def test_forward_and_backward():
 def test_default_cfg_tells_the_truth():
     model = timm.create_model("rednet26").eval()
     cfg, keys = model.default_cfg, model.state_dict().keys()
-    assert f"{cfg['classifier']}.weight" in keys and f"{cfg['first_conv']}.weight" in keys
-    assert model.get_classifier() is model.fc and model.get_classifier(name_only=True) == "fc"
+    assert f"{cfg['classifier']}.weight" in keys
+    assert f"{cfg['first_conv']}.weight" in keys
+    assert model.get_classifier() is model.fc
+    assert model.get_classifier(name_only=True) == "fc"
     images = torch.randn(1, *cfg["input_size"])
     with torch.no_grad():
         assert model(images).isfinite().all(), "a fresh model, as timm tests it"
@@ -95,13 +99,17 @@ def test_intermediates():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         final, levels = model.forward_intermediates(images)
-        assert torch.equal(final, model.forward_features(images)) and torch.equal(final, levels[-1])
+        assert torch.equal(final, model.forward_features(images))
+        assert torch.equal(final, levels[-1])
         assert [x.shape[1] for x in levels] == [64, 256, 512, 1024, 2048]
         early = model.forward_intermediates(images, [0, 2], stop_early=True, intermediates_only=True)
-        assert torch.equal(early[0], levels[0]) and torch.equal(early[1], levels[2])
+        assert torch.equal(early[0], levels[0])
+        assert torch.equal(early[1], levels[2])
         assert model.prune_intermediate_layers([0, 2]) == [0, 2]
         pruned = model.forward_intermediates(images, [0, 2], stop_early=True, intermediates_only=True)
-        assert torch.equal(pruned[1], levels[2]) and len(model.layer3) == 0 and model.num_features == 512
+        assert torch.equal(pruned[1], levels[2])
+        assert len(model.layer3) == 0
+        assert model.num_features == 512
         assert model(images).shape == (1, 512, 8, 8)
 
 

@@ -141,7 +141,8 @@ def test_a_detectors_backbone_is_taken(tmp_path, caplog):
     torch.save({"state_dict": state}, tmp_path / "detector.pth")
     model = load_model(tmp_path / "detector.pth")
     assert "neck.lateral_convs.0.conv.weight, rpn_head.rpn_conv.weight" in caplog.text
-    assert model.num_classes == 0 and model.stem.conv2.kernel_size == 7
+    assert model.num_classes == 0
+    assert model.stem.conv2.kernel_size == 7
     taken = {k: v for k, v in state.items() if k.startswith("backbone.")}
     assert same(weights.to_released(model.state_dict()), taken)
 
@@ -160,7 +161,8 @@ def test_a_detectors_backbone_is_taken(tmp_path, caplog):
 def test_options_are_read_off_the_weights(options, tmp_path):
     model = involution.create_model("rednet26", **options)
     name, found = weights.describe(weights.to_ours(model.state_dict()))
-    assert name == "rednet26" and found.items() >= options.items()
+    assert name == "rednet26"
+    assert found.items() >= options.items()
     torch.save({"model": model.state_dict(), "ema": None, "step": 3}, tmp_path / "own.pt")
     assert same(load_model(tmp_path / "own.pt").state_dict(), model.state_dict())
 
@@ -169,7 +171,8 @@ def test_torchvisions_resnet_loads(tmp_path):
     reference = torchvision.models.resnet50()
     torch.save(reference.state_dict(), tmp_path / "resnet50.pth")
     model = load_model(tmp_path / "resnet50.pth")
-    assert type(model).__name__ == "ResNet" and len(model.layer3) == 6
+    assert type(model).__name__ == "ResNet"
+    assert len(model.layer3) == 6
     assert torch.equal(model.stem.conv1.weight, reference.conv1.weight)
 
 
@@ -184,7 +187,8 @@ def test_another_number_of_classes_starts_the_classifier_afresh(tmp_path, caplog
     source = involution.create_model("rednet26", num_classes=5)
     torch.save(source.state_dict(), tmp_path / "five.pth")
     model = involution.create_model("rednet26", num_classes=7, pretrained=tmp_path / "five.pth")
-    assert "no classifier for 7 classes" in caplog.text and model.fc.weight.shape[0] == 7
+    assert "no classifier for 7 classes" in caplog.text
+    assert model.fc.weight.shape[0] == 7
     assert torch.equal(model.layer4[0].conv3.weight, source.layer4[0].conv3.weight)
     assert involution.create_model("rednet26", num_classes=0, pretrained=tmp_path / "five.pth").num_classes == 0
 
@@ -234,7 +238,7 @@ def test_weights_of_another_model_are_named(tmp_path):
     state = involution.create_model("rednet26", kernel_size=3).state_dict()
     state["extra.weight"] = state.pop("layer1.0.conv1.weight")
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match="the weights are of another model") as error:
         involution.create_model("rednet26", pretrained=tmp_path / "other.pth")
     assert "missing: layer1.0.conv1.weight; unexpected: extra.weight; of another shape: layer1.0" in str(error.value)
     assert "span.weight (36, 16, 1, 1) instead of (196, 16, 1, 1)" in str(error.value)
@@ -246,6 +250,7 @@ def test_torch_hub():
 
 
 def test_nobody_needs_timm_or_safetensors_to_import():
-    assert importlib.util.find_spec("timm") and importlib.util.find_spec("safetensors")
+    assert importlib.util.find_spec("timm")
+    assert importlib.util.find_spec("safetensors")
     code = "import sys, involution; sys.exit(any(m in sys.modules for m in ('timm', 'torchvision', 'safetensors')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

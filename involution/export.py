@@ -1,0 +1,165 @@
+"""Models for elsewhere: torch.export, ONNX, a compiled AOTInductor package, safetensors with a model card.
+
+Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZE`` on). Our operators are replaced by
+standard ones, in a form that needs few nodes: K row-shifted copies, then a loop over the K columns.
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from involution.complexity import count
+from involution.weights import describe
+
+#: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
+#: which the exporter assumes of every size that may vary
+MIN_SIZE = 33
+MAX_SIZE = 4096
+MAX_BATCH = 1024
+
+
+def involution2d(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    """``torch.ops.involution.involution2d`` in standard operators."""
+    groups, size = kernel.shape[1:3]
+    wide = torch.promote_types(input.dtype, torch.float32)
+    padded = F.pad(input, (padding,) * 4).to(wide).unflatten(1, (groups, 1, input.shape[1] // groups))
+    kernel = kernel.to(wide).unsqueeze(4)  # (B, G, K, K, 1, Ho, Wo)
+    reach = dilation * (size - 1)
+
+    def seen_by(tap: int) -> slice:
+        """The rows or columns that this tap sees; counted from the end, so that no arithmetic is exported."""
+        return slice(tap * dilation, (tap * dilation - reach) or None, stride)
+
+    rows = torch.cat([padded[..., seen_by(row), :] for row in range(size)], 2)  # (B, G, K, C/G, Ho, W)
+    products = [rows[..., seen_by(column)] * kernel[:, :, :, column] for column in range(size)]
+    return sum(products[1:], products[0]).sum(2).flatten(1, 2).to(input.dtype)
+
+
+def span_involution2d(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+) -> Tensor:
+    """``torch.ops.involution.span_involution2d`` in standard operators."""
+    kernel = F.conv2d(reduced, weight, bias).unflatten(1, (-1, kernel_size, kernel_size))
+    return involution2d(input, kernel, stride, padding, dilation)
+
+
+def export_program(model: nn.Module) -> ExportedProgram:
+    """``model`` in evaluation as a ``torch.export`` program of standard operators; the model's mode stays as it is."""
+    training = model.training
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    # Sizes that stay odd at every halving: where rounding up makes no difference to the example, Inductor (2.15) drops
+    # the pooling's border handling for good, and the package would read out of bounds at other sizes
+    example = torch.randn(2, first.in_channels, 97, 129, device=first.weight.device, dtype=first.weight.dtype)
+    size = {"min": MIN_SIZE, "max": MAX_SIZE}
+    shapes = {0: Dim("batch", min=1, max=MAX_BATCH), 2: Dim("height", **size), 3: Dim("width", **size)}
+    try:
+        program = torch.export.export(
+            model.eval(),
+            (example,),
+            dynamic_shapes=(shapes,),
+            prefer_deferred_runtime_asserts_over_guards=True,  # 2 * (n // 2) <= n and the like, which it cannot prove
+        )
+    finally:
+        model.train(training)
+    return program.run_decompositions(
+        {
+            torch.ops.involution.involution2d.default: involution2d,
+            torch.ops.involution.span_involution2d.default: span_involution2d,
+        }
+    )
+
+
+def export_torch(model: nn.Module, path: str | Path) -> None:
+    """Write a program for ``torch.export.load``; nothing of this project is needed to run it."""
+    torch.export.save(export_program(model), path)
+
+
+def export_aoti(model: nn.Module, path: str | Path) -> None:
+    """Compile for the model's device into a ``.pt2`` package for ``torch._inductor.aoti_load_package`` or C++.
+
+    It takes a C++ compiler on a CPU, and minutes.
+    """
+    if Path(path).suffix != ".pt2":
+        raise ValueError(f"path is {path}; a package should be called *.pt2")
+    torch._inductor.aoti_compile_and_package(export_program(model), package_path=str(path))
+
+
+def export_onnx(model: nn.Module, path: str | Path) -> None:
+    """Write an ONNX file: input "images" (batch, C, height, width), output "logits" (batch, classes).
+
+    Raises:
+        ValueError: the packages of the ``export`` extra are not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError('onnxscript is missing; install the export extra: pip install "involution[export]"') from error
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
+    torch.onnx.export(export_program(model), (), path, external_data=False, verbose=False, **options)
+
+
+def save_safetensors(model: nn.Module, folder: str | Path, class_names: Sequence[str] = (), note: str = "") -> None:
+    """Write ``model.safetensors`` and a model card ``README.md`` into ``folder``, as the Hugging Face Hub expects them.
+
+    Args:
+        model: one of ours.
+        folder: made if need be.
+        class_names: in the order of the classifier's outputs.
+        note: a paragraph for the card: training data, recipe, accuracy.
+
+    Raises:
+        ValueError: safetensors is not installed, or the names are not as many as the classes.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise ValueError(
+            'safetensors is missing; install the export extra: pip install "involution[export]"'
+        ) from error
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    name, options = describe(state)
+    if class_names and len(class_names) != options["num_classes"]:
+        raise ValueError(f"class_names has {len(class_names)} names; the model has {options['num_classes']} classes")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name})
+    (folder / "README.md").write_text(_model_card(model, name, options, class_names, note))
+
+
+def _model_card(model: nn.Module, name: str, options: dict[str, Any], class_names: Sequence[str], note: str) -> str:
+    measured = count(model, (options["in_chans"], 224, 224))
+    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
+    classes = "\n".join(f"{i}. {class_name}" for i, class_name in enumerate(class_names))
+    return f"""---
+license: mit
+library_name: involution
+pipeline_tag: image-classification
+tags: [image-classification, involution, rednet]
+---
+# {name}
+
+{note or "No training data, recipe or accuracy was given for these weights."}
+
+- Parameters {measured.params / 1e6:.3f} M, FLOPs {measured.flops / 1e9:.2f} G at 224 x 224 (counted as in the paper)
+- Images: RGB, scaled to 0..1, normalised with mean (0.485, 0.456, 0.406) and deviation (0.229, 0.224, 0.225)
+- Paper: Involution: Inverting the Inherence of Convolution for Visual Recognition, https://arxiv.org/abs/2103.06255
+
+```python
+import involution
+model = involution.create_model({name!r}{arguments}, pretrained="model.safetensors").eval()
+```
+{f"{chr(10)}Classes, counted from 0:{chr(10)}{chr(10)}{classes}{chr(10)}" if class_names else ""}"""

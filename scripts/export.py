@@ -1,0 +1,49 @@
+"""Export a checkpoint for use elsewhere.
+
+    python scripts/export.py CHECKPOINT OUT --format onnx|torch|aoti|safetensors
+
+onnx         OUT.onnx, for any runtime; images of any batch and size
+torch        OUT.pt2, for torch.export.load: no code of this project needed
+aoti         OUT.pt2, compiled for this machine's CPU (with --device cuda: GPU), for C++ or aoti_load_package; minutes
+safetensors  a folder OUT with model.safetensors and a model card
+CHECKPOINT: a path or URL; of train.py, released, .safetensors.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from involution import export
+from involution.models import load_model
+
+WRITERS: dict[str, Callable[..., None]] = {
+    "onnx": export.export_onnx,
+    "torch": export.export_torch,
+    "aoti": export.export_aoti,
+    "safetensors": export.save_safetensors,
+}
+
+
+def main() -> int:
+    """Parse the command line and export."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--format", choices=WRITERS, required=True)
+    parser.add_argument("--device", default="cpu", help="of an aoti package")
+    arguments = parser.parse_args()
+    try:
+        model = load_model(arguments.checkpoint).to(torch.device(arguments.device)).eval()
+        WRITERS[arguments.format](model, arguments.out)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(f"{arguments.checkpoint} -> {arguments.out} ({arguments.format})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

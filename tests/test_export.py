@@ -1,0 +1,124 @@
+"""Exported models against the models they come from, at sizes and batches other than the example's."""
+
+import os
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models_common import fitted
+from torch import nn
+
+import involution
+from involution import Involution2d, export
+from involution.models import RedNet, load_model
+from involution.ops import involution2d, span_involution2d
+
+ROOT = Path(__file__).resolve().parents[1]
+SIZES = [(3, 3, 64, 64), (1, 3, 70, 65), (2, 3, 33, 90)]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """A RedNet with one block a stage and 3x3 windows: every kind of layer, few nodes."""
+    torch.manual_seed(0)
+    return fitted(RedNet((1, 1, 1, 1), num_classes=5, kernel_size=3))
+
+
+@pytest.mark.parametrize(("stride", "dilation", "size"), [(1, 1, 3), (2, 1, 7), (1, 2, 3), (3, 2, 5), (2, 1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_decompositions_equal_the_operators(stride, dilation, size, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 9, 14).to(dtype)
+    height, width = -(-9 // stride), -(-14 // stride)
+    padding = dilation * (size - 1) // 2
+    kernel = torch.randn(2, 3, size, size, height, width).to(dtype)
+    expected = involution2d(x, kernel, stride=stride, dilation=dilation)
+    torch.testing.assert_close(export.involution2d(x, kernel, stride, padding, dilation), expected)
+    if dtype == torch.float64:  # in 16 bits the fused operator is the more exact one: its kernels are not rounded
+        reduced, weight = torch.randn(2, 4, height, width).to(dtype), torch.randn(3 * size**2, 4, 1, 1).to(dtype)
+        expected = span_involution2d(x, reduced, weight, None, size, stride=stride, dilation=dilation)
+        found = export.span_involution2d(x, reduced, weight, None, size, stride, padding, dilation)
+        torch.testing.assert_close(found, expected)
+
+
+def test_torch_program(model, tmp_path):
+    model.train()
+    export.export_torch(model, tmp_path / "model.pt2")
+    assert model.training
+    assert not model.eval().training
+    program = torch.export.load(tmp_path / "model.pt2")
+    assert not any("involution" in str(node.target) for node in program.graph.nodes)
+    for size in SIZES:
+        images = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(images), model(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(AssertionError, match=r"33"):
+        program.module()(torch.randn(1, 3, 32, 64))
+
+
+def test_onnx(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    export.export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [i.name for i in session.get_inputs()] == ["images"]
+    assert session.get_inputs()[0].shape[1] == 3
+    for size in SIZES:
+        images = torch.randn(size)
+        [logits] = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
+def test_aoti_package(tmp_path):
+    torch.manual_seed(0)
+    layer = fitted(nn.Sequential(nn.Conv2d(3, 16, 1), Involution2d(16, 3, stride=2)))
+    export.export_aoti(layer, tmp_path / "layer.pt2")
+    package = torch._inductor.aoti_load_package(str(tmp_path / "layer.pt2"))
+    for size in SIZES:
+        images = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(package(images), layer(images), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"should be called \*.pt2"):
+        export.export_aoti(layer, tmp_path / "layer.so")
+
+
+def test_safetensors_with_a_model_card(tmp_path):
+    model = involution.create_model("rednet26", num_classes=3, kernel_size=5)
+    export.save_safetensors(model, tmp_path / "hub", ["cat", "dog", "newt"], "Trained on nothing.")
+    again = load_model(tmp_path / "hub" / "model.safetensors")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit")
+    assert "Trained on nothing." in card
+    assert "2. newt" in card
+    code = card.split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    previous = Path.cwd()
+    os.chdir(tmp_path / "hub")
+    try:
+        exec(code, scope)
+    finally:
+        os.chdir(previous)
+    assert torch.equal(scope["model"].fc.weight, model.fc.weight)
+    with pytest.raises(ValueError, match="class_names has 1 names; the model has 3 classes"):
+        export.save_safetensors(model, tmp_path, ["cat"])
+
+
+@pytest.mark.parametrize("checkpoint", ["model.pt", "none.pt"])
+def test_the_script(tmp_path, monkeypatch, capsys, checkpoint):
+    torch.save(involution.create_model("resnet26", num_classes=2).state_dict(), tmp_path / "model.pt")
+    script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
+    command = ["export.py", str(tmp_path / checkpoint), str(tmp_path / "out"), "--format", "safetensors"]
+    monkeypatch.setattr(sys, "argv", command)
+    if checkpoint == "none.pt":
+        assert script["main"]() == 2
+        assert capsys.readouterr().err.startswith("error: there is no file")
+    else:
+        assert script["main"]() == 0
+        assert load_model(tmp_path / "out" / "model.safetensors").num_classes == 2
