@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of the involution's other gradients: of the kernels (plain), of reduced, weight and bias (fused).
 
 Letters and runs as in triton_kernels.py.  All three begin with the same sums over a group's channels,

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """Triton kernels of the involution: forward and the gradient of its input, plain and fused with the span convolution.
 
 B images, C channels, G groups, GC = C / G channels a group, K taps a side, H x W input, Ho x Wo output, R reduced

@@ -1,0 +1,104 @@
+"""The Triton kernels on a real GPU, at the shapes of RedNet-50.
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, R reduced channels.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from involution.ops import involution2d, reference, span_involution2d
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+STAGES = {1: (64, 56, 16), 2: (128, 28, 32), 3: (256, 14, 64), 4: (512, 7, 128)}  # C, H = W, R
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def operands(stage: int, dtype: torch.dtype, stride: int = 1, batch: int = 4) -> list[torch.Tensor]:
+    """input, reduced, weight, bias on the GPU in channels_last."""
+    C, size, R = STAGES[stage]
+    small, G = (size - 1) // stride + 1, C // 16
+    shapes = [(batch, C, size, size), (batch, R, small, small), (G * 49, R, 1, 1), (G * 49,)]
+    values = [torch.randn(*shape, device="cuda", dtype=dtype, requires_grad=False) for shape in shapes]
+    values[2] /= R**0.5
+    values[:2] = [v.to(memory_format=torch.channels_last) for v in values[:2]]
+    return [v.requires_grad_() for v in values]
+
+
+def kernels(reduced: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    flat = F.conv2d(reduced, weight, bias)
+    return flat.view(flat.shape[0], -1, 7, 7, *flat.shape[2:])
+
+
+def close(values: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch.dtype) -> None:
+    errors = [((v.double() - e).norm() / e.norm()).item() for v, e in zip(values, expected, strict=True)]
+    assert max(errors) < TOLERANCE[dtype], errors
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_values_and_gradients(stage: int, dtype: torch.dtype, stride: int) -> None:
+    leaves = operands(stage, dtype, stride)
+    exact = [v.detach().double().requires_grad_() for v in leaves]
+    out = span_involution2d(*leaves, 7, stride=stride)
+    grad = torch.randn_like(out)
+    expected = reference.involution2d(exact[0], kernels(*exact[1:]), stride, 3, 1)
+    references = [expected, *torch.autograd.grad(expected, exact, grad.double())]
+    close([out, *torch.autograd.grad(out, leaves, grad)], references, dtype)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+    kernel = kernels(*(v.detach() for v in leaves[1:])).requires_grad_()
+    out = involution2d(leaves[0], kernel, stride=stride)
+    pair = [exact[0], kernel.detach().double().requires_grad_()]
+    expected = reference.involution2d(*pair, stride, 3, 1)
+    references = [expected, *torch.autograd.grad(expected, pair, grad.double())]
+    close([out, *torch.autograd.grad(out, [leaves[0], kernel], grad)], references, dtype)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_the_same_bits_every_time(stage: int) -> None:
+    leaves = operands(stage, torch.bfloat16, batch=32)
+
+    def run() -> list[torch.Tensor]:
+        out = span_involution2d(*leaves, 7)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    x = torch.zeros(700, 64, 224, 224, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    x[-1] = torch.randn(64, 224, 224, device="cuda")
+    kernel = torch.ones(1, 1, 1, 1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(700, 1, 3, 3, 224, 224)
+    out = involution2d(x, kernel)
+    expected = F.avg_pool2d(x[-1:].float(), 3, 1, 1, divisor_override=1)
+    torch.testing.assert_close(out[-1:].float(), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_in_a_cuda_graph() -> None:
+    leaves = [v.detach() for v in operands(2, torch.bfloat16)]
+    expected = span_involution2d(*leaves, 7)  # also tunes, which a capture cannot
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = span_involution2d(*leaves, 7)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_under_torch_compile() -> None:
+    leaves = operands(3, torch.bfloat16)
+
+    def step(*tensors: torch.Tensor) -> torch.Tensor:
+        return span_involution2d(*tensors, 7).relu()
+
+    out, expected = torch.compile(step, fullgraph=True)(*leaves), step(*leaves)
+    grad = torch.randn_like(out)
+    assert torch.equal(out, expected)
+    for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,101 @@
+"""The Triton kernels against the reference, through Triton's interpreter (test_triton.py runs this file in a process of
+its own: the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported).
+
+Shape legend: B batch, C channels, G groups, K kernel size, H W input size, R reduced channels.
+"""
+
+import os
+
+assert os.environ.get("TRITON_INTERPRET") == "1"
+os.environ["INVOLUTION_BACKEND"] = "triton"
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from involution.ops import involution2d, reference, span_involution2d
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
+
+# B C G K H W R stride dilation padding dtype channels_last bias
+CASES = [
+    (2, 8, 2, 3, 5, 7, 4, 1, 1, 1, torch.float32, False, True),
+    (2, 6, 6, 3, 5, 5, 3, 2, 1, 1, torch.float32, True, False),  # a kernel for every channel, stride
+    (1, 6, 2, 3, 6, 9, 17, 1, 2, 2, torch.float64, True, True),  # groups of 3, dilation, R no power of two
+    (1, 66, 1, 1, 4, 10, 2, 1, 1, 0, torch.float32, True, True),  # one kernel for all channels, K = 1
+    (1, 4, 2, 3, 11, 13, 3, 3, 2, 0, torch.float16, False, True),  # stride 3, no padding
+    (1, 4, 2, 3, 3, 4, 3, 1, 1, 3, torch.float16, True, False),  # output larger than input
+    (1, 16, 1, 7, 4, 8, 5, 1, 1, 3, torch.float32, True, True),  # kernel larger than the image
+]
+
+
+def tensors(case: tuple) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """input, kernel, reduced, weight, bias, and a gradient of the output whose memory is not contiguous."""
+    B, C, G, K, H, W, R, stride, dilation, padding, dtype, channels_last, bias = case
+    height, width = ((n + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for n in (H, W))
+    generator = torch.Generator().manual_seed(0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def normal(*shape: int) -> torch.Tensor:
+        value = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return value.to(memory_format=layout) if value.dim() == 4 else value
+
+    kernel = normal(B, G * K * K, height, width).view(B, G, K, K, height, width)
+    values = [normal(B, C, H, W), kernel, normal(B, R, height, width), normal(G * K * K, R, 1, 1)]
+    values += [normal(G * K * K)] if bias else []
+    return values, normal(B, C, height, 2 * width)[..., ::2]
+
+
+def distance(value: torch.Tensor, expected: torch.Tensor) -> float:
+    assert value.shape == expected.shape
+    return ((value.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: tuple) -> None:
+    _, _, G, K, _, _, _, stride, dilation, padding, dtype, channels_last, _ = case
+    values, grad = tensors(case)
+    leaves = [v.detach().clone(memory_format=torch.preserve_format).requires_grad_() for v in values]
+    exact = [v.detach().double().requires_grad_() for v in values]
+
+    out = involution2d(leaves[0], leaves[1], stride=stride, padding=padding, dilation=dilation)
+    expected = reference.involution2d(exact[0], exact[1], stride, padding, dilation)
+    results = [out, *torch.autograd.grad(out, leaves[:2], grad)]
+    references = [expected, *torch.autograd.grad(expected, exact[:2], grad.double())]
+
+    out = span_involution2d(leaves[0], *leaves[2:4], leaves[4] if len(leaves) > 4 else None, K, stride=stride,
+                            padding=padding, dilation=dilation)  # fmt: skip
+    kernel = F.conv2d(*exact[2:]).view(out.shape[0], G, K, K, *out.shape[2:])
+    expected = reference.involution2d(exact[0], kernel, stride, padding, dilation)
+    results += [out, *torch.autograd.grad(out, [leaves[0], *leaves[2:]], grad)]
+    references += [expected, *torch.autograd.grad(expected, [exact[0], *exact[2:]], grad.double())]
+
+    errors = [distance(r, e) for r, e in zip(results, references, strict=True)]
+    assert max(errors) < TOLERANCE[dtype], errors
+    assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_only_the_gradient_that_is_asked_for() -> None:
+    (input, kernel, *_), grad = tensors(CASES[3])
+    kernel.requires_grad_()
+    involution2d(input, kernel).backward(grad)
+    assert input.grad is None
+    assert kernel.grad is not None
+
+
+def test_an_infinite_value_stays_in_its_neighbourhood() -> None:
+    (input, kernel, *_), _ = tensors(CASES[0])
+    input[0, 0, 2, 3] = torch.inf
+    finite = involution2d(input, kernel).isfinite()
+    reached = torch.zeros_like(finite)
+    reached[0, 0, 1:4, 2:5] = True
+    assert (finite == ~reached).all()
+
+
+def test_operator_registration() -> None:
+    (input, kernel, reduced, weight, bias), _ = tensors(CASES[3])
+    for tensor in (input, kernel, reduced, weight, bias):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.involution.involution2d.default, (input, kernel, 1, 0, 1))
+    arguments = (input, reduced, weight, bias, 1, 1, 0, 1)
+    torch.library.opcheck(torch.ops.involution.span_involution2d.default, arguments)
