@@ -7,6 +7,7 @@ import atexit
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from involution.engine import cli
@@ -27,7 +28,7 @@ def main(composed: DictConfig) -> None:
     atexit.register(leave_world)
     log_to(None, world.is_main)
     with cli.user_input():
-        model, loader, task, samples = build_evaluation(config, world)
+        model, loader, task, samples = build_evaluation(config, HydraConfig.get().overrides.task, world)
     metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)
     if world.is_main:
         cli.print_result(

@@ -29,6 +29,7 @@ DEFINING = (
     "train.exclude_from_decay",
     "optimizer._target_",
 )  # another value makes it another run
+PREPARATION = ("train_size", "val_size", "val_resize", "mean", "std")  # of pictures: part of what a model has learned
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -42,7 +43,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
     with torch.device("meta"):
         create_model(**config.model | {"num_classes": 1})  # refuses wrong options before any data is read
-    splits = data.open_dataset(config.data.name, config.data.root)
+    splits = data.open_dataset(config.data.name, config.data.root, config.data.exclude)
     config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
     plain = dataclasses.asdict(config)
     same_on_all_ranks("data set", {"train": splits.train.fingerprint, "val": splits.val.fingerprint})
@@ -135,8 +136,8 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
         return instantiate({**config, "_partial_": True})(groups)
     except TypeError as error:
         raise UserError(
-            f"optimizer {config['_target_']}: {error}. The option comes from the command line or from a recipe made for "
-            "another optimizer"
+            f"optimizer {config['_target_']}: {error}. The option comes from the command line or from a recipe "
+            "made for another optimizer"
         ) from error
 
 
@@ -152,8 +153,8 @@ def build_train_loader(images: Any, config: TrainConfig, world: World) -> Any:
 
 def build_eval_loader(images: Any, d: DataConfig, batch_size: int, world: World) -> Any:
     return data.eval_loader(
-        images, batch_size=batch_size, rank=world.rank, world_size=world.size, val_size=d.val_size, val_resize=d.val_resize,
-        **_loading(d, world),
+        images, batch_size=batch_size, rank=world.rank, world_size=world.size,
+        val_size=d.val_size, val_resize=d.val_resize, **_loading(d, world),
     )  # fmt: skip
 
 
@@ -168,8 +169,14 @@ def _loading(d: DataConfig, world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def build_evaluation(config: EvalConfig, world: World) -> tuple[torch.nn.Module, Any, Classification, int]:
+def build_evaluation(
+    config: EvalConfig, overrides: list[str], world: World
+) -> tuple[torch.nn.Module, Any, Classification, int]:
     """The model of a checkpoint, this rank's loader, the task and the number of samples.
+
+    Args:
+        overrides: of the command line. Pictures are prepared as in training unless it says otherwise: data=imagenet
+            chooses other pictures, data.val_size=256 another size.
 
     Raises:
         ValueError: for a checkpoint that cannot be used, or data that do not fit it.
@@ -177,10 +184,14 @@ def build_evaluation(config: EvalConfig, world: World) -> tuple[torch.nn.Module,
     path = Path(config.checkpoint)
     state = read(path / "checkpoints" / "best.pt" if path.is_dir() else path)
     trained = state["config"]
-    d = DataConfig(**trained["data"] | {key: value for key, value in config.data.items() if value is not None})
-    if config.data["name"] not in (None, trained["data"]["name"]) and config.data["root"] is None:
-        d.root = None
-    images = data.open_dataset(d.name, d.root).val
+    d = DataConfig(**trained["data"])
+    if config.data["name"] not in (None, d.name):
+        d.root = d.exclude = None
+    given = {override.partition("=")[0] for override in overrides}
+    for key, value in config.data.items():
+        if value is not None and (key not in PREPARATION or f"data.{key}" in given):
+            setattr(d, key, value)
+    images = data.open_dataset(d.name, d.root, d.exclude).val
     if list(images.class_names) != state["class_names"]:
         raise UserError(
             f"the data set's classes ({', '.join(images.class_names[:3])}, ...) are not those that the checkpoint was "

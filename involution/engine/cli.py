@@ -30,6 +30,9 @@ log = logging.getLogger("involution")
 class _Leave(BaseException):
     """Carries an error past Hydra, which would print a line of its own about it."""
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
 
 def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
     """What `hydra.main` calls: outside a sweep, errors with a message of their own go straight to `run`."""
@@ -41,7 +44,7 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         except (UserError, Stopped, BadImageError) as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
-            raise _Leave from error
+            raise _Leave(error) from error
 
     return quiet
 
@@ -55,8 +58,7 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
             _refuse_sweep_on_every_rank()
             main()
         except _Leave as carrier:
-            assert carrier.__cause__ is not None
-            raise carrier.__cause__ from None
+            raise carrier.error from None
         status = 0
     except (UserError, BadImageError) as error:
         status, message = EXIT_USAGE, str(error)

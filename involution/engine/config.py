@@ -27,6 +27,7 @@ class DataConfig:
     val_resize: int = MISSING
     mean: list[float] = MISSING
     std: list[float] = MISSING
+    exclude: str | None = MISSING
     on_error: str = MISSING
 
 
