@@ -57,7 +57,7 @@ def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):
     folder = CheckpointFolder(tmp_path)
     assert folder.newest() is None
     (tmp_path / "last.pt").write_bytes(b"")
-    with pytest.raises(UserError, match="train.resume=never"):
+    with pytest.raises(UserError, match=r"train\.resume=never"):
         folder.newest()
 
 
