@@ -37,6 +37,7 @@ def test_the_default_is_the_paper():
     assert found.model == {
         "name": "rednet50", "num_classes": None, "kernel_size": 7, "group_channels": 16, "reduction_ratio": 4,
         "kernel_generation": "bottleneck", "stem": "involution", "stem_kernel_size": 3,
+        "zero_init_residual": True,
     }  # fmt: skip
     assert found.train.epochs == 130
     assert found.train.global_batch_size == 64 * found.train.batch_size == 64 * 32
