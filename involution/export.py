@@ -143,7 +143,8 @@ def save_safetensors(model: nn.Module, folder: str | Path, class_names: Sequence
 def _model_card(model: nn.Module, name: str, options: dict[str, Any], class_names: Sequence[str], note: str) -> str:
     measured = count(model, (options["in_chans"], 224, 224))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    classes = "\n".join(f"{i}. {class_name}" for i, class_name in enumerate(class_names))
+    classes = "".join(f"{i}. {class_name}\n" for i, class_name in enumerate(class_names))
+    listing = f"\nClasses, counted from 0:\n\n{classes}" if class_names else ""
     return f"""---
 license: mit
 library_name: involution
@@ -162,4 +163,4 @@ tags: [image-classification, involution, rednet]
 import involution
 model = involution.create_model({name!r}{arguments}, pretrained="model.safetensors").eval()
 ```
-{f"{chr(10)}Classes, counted from 0:{chr(10)}{chr(10)}{classes}{chr(10)}" if class_names else ""}"""
+{listing}"""

@@ -7,6 +7,7 @@ decimal; FLOPs are counted as the paper counts them (involution/complexity.py).
 """
 
 import csv
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ ABLATIONS: dict[tuple[str, str], dict[str, Any]] = {
 }
 
 
+@functools.cache
 def measure(name: str, **options: Any) -> Complexity:
     """Count a model on the meta device, where it takes no memory."""
     with torch.device("meta"):
