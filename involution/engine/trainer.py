@@ -153,8 +153,6 @@ class Trainer:
 
     def poll(self, request: int = 0) -> int:
         """Exchange wishes with the other ranks; a stop that any of them was asked for is carried out here."""
-        if request == SAVE:
-            self.last_save = time.monotonic()
         agreed = self.agreement.poll(STOP if self.stop.received else request)
         if agreed == STOP:
             self.agreement.finish()
@@ -196,9 +194,11 @@ class Trainer:
         )  # fmt: skip
 
     def save(self, is_best: bool = False) -> None:
-        """Write a checkpoint, in the background."""
-        self.last_save = time.monotonic()
+        """Write a checkpoint, in the background; but none amid non-finite steps, which its weights may cause."""
         self.check_numbers()
+        if self.learner.guard.in_row.item() and not is_best:
+            return
+        self.last_save = time.monotonic()
         state = self.state_dict()
         if self.world.is_main:
             self.checkpoints.save(state, self.step, is_best)
