@@ -1,7 +1,7 @@
 """Builds the C++ operator with the user's compiler on first use and keeps it in a cache.
 
-The file name carries a hash of the sources, the flags and the compiler, so a stale library is never loaded. It is written
-under a temporary name and renamed: processes that build at the same time do not disturb each other.
+The file name carries a hash of the sources, the flags and the compiler, so a stale library is never loaded. It is
+written under a temporary name and renamed: processes that build at the same time do not disturb each other.
 
 `INVOLUTION_CACHE` sets the folder (default: `$XDG_CACHE_HOME/involution` or `~/.cache/involution`), `CXX` the compiler.
 """

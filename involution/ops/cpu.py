@@ -16,16 +16,16 @@ from torch import Tensor
 from . import build
 from .shapes import empty_kernel, layout, output_hw
 
-_FIELDS = (
-    "batch channels groups height width out_height out_width size stride padding dilation hidden "
-    "x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap half threads"
-).split()
+_FIELDS = """
+    batch channels groups height width out_height out_width size stride padding dilation hidden
+    x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap half threads
+"""
 
 
 class _Problem(ctypes.Structure):
     """csrc/driver.h has its mirror."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS]
+    _fields_ = [(name, ctypes.c_int64) for name in _FIELDS.split()]
 
 
 @functools.cache
@@ -125,7 +125,9 @@ def backward(
     _describe_taps(problem, taps)
     grad_pixels = pixels.new_zeros(pixels.shape) if needs_input else None
     _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_pixels, grad_taps)
-    return None if grad_pixels is None else _image(grad_pixels, input), grad_kernel if grad_kernel is None else grad_kernel.to(dtype)
+    return None if grad_pixels is None else _image(
+        grad_pixels, input
+    ), grad_kernel if grad_kernel is None else grad_kernel.to(dtype)
 
 
 def span_forward(

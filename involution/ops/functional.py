@@ -116,8 +116,8 @@ def _check_span(input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | N
         raise ValueError(f"reduced has shape {tuple(reduced.shape)}; it should be (B, R, Ho, Wo)")
     if weight.dim() != 4 or tuple(weight.shape[1:]) != (reduced.shape[1], 1, 1) or weight.shape[0] % taps != 0:
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)}; it should be (G*{taps}, {reduced.shape[1]}, 1, 1) for kernel size "
-            f"{kernel_size} and reduced {tuple(reduced.shape)}"
+            f"weight has shape {tuple(weight.shape)}; it should be (G*{taps}, {reduced.shape[1]}, 1, 1) for kernel "
+            f"size {kernel_size} and reduced {tuple(reduced.shape)}"
         )
     groups = weight.shape[0] // taps
     if groups < 1 or input.shape[1] % groups != 0:

@@ -187,7 +187,7 @@ def _span_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _span.register_autograd(_span_differentiate, setup_context=_span_save)
 
-# ---- autocast: the floating-point operands take the autocast type, as those of a convolution do ------------------------
+# ---- autocast: the floating-point operands take the autocast type, as those of a convolution do ----------------------
 
 
 def _register_autocast(library: torch.library.Library, name: str, device: str) -> None:
@@ -211,7 +211,7 @@ for _name in _OPERATORS:
     for _device in ("cpu", "cuda"):
         _register_autocast(_library, _name, _device)
 
-# ---- FLOP formulas: two a multiply-add, recomputation in the backward counted as the work it is --------------------------
+# ---- FLOP formulas: two a multiply-add, recomputation in the backward counted as the work it is ---------------------
 
 
 def _window_flops(input_shape: Any, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
