@@ -14,6 +14,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
+OTHERS = ["forward", "grad_input", "grad_kernel", "span_grad_input", "span_grad_reduced", "span_grad_weight"]
 
 
 def test_results_through_the_interpreter() -> None:
@@ -52,11 +53,12 @@ def compiled(launch: Any) -> Any:
     from triton.runtime.jit import create_function_from_signature
 
     tuner, target = launch.kernel, GPUTarget("cuda", 90, 32)
-    config, function, backend = tuner.configs[0], tuner.fn, make_backend(target)
-    arguments = launch.arguments | config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    bound, specialization, options = create_function_from_signature(function.signature, function.params, backend)(**arguments)
-    packed = function._pack_args(backend, arguments, bound, specialization, options)
-    options, signature, constants, attributes = packed
+    function, backend = tuner.fn, make_backend(target)
+    config = tuner.early_config_prune(tuner.configs, launch.arguments)[0]
+    arguments = launch.arguments | config.kwargs | {"num_warps": config.num_warps}
+    arguments |= {"num_stages": config.num_stages, "enable_fp_fusion": True}
+    bind = create_function_from_signature(function.signature, function.params, backend)
+    options, signature, constants, attributes = function._pack_args(backend, arguments, *bind(**arguments))
     source = ASTSource(function, signature, constants, attributes)
     return triton.compile(source, target=target, options=options.__dict__)
 
@@ -73,16 +75,7 @@ def resources(binary: Any) -> dict[str, int]:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
-@pytest.mark.parametrize(
-    "name",
-    [
-        "span_forward",
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ("forward", "grad_input", "grad_kernel", "span_grad_input", "span_grad_reduced", "span_grad_weight")
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", ["span_forward", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)])
 def test_compiles_for_a_gpu_without_spilling(name: str) -> None:
     binary = compiled(launches(torch.bfloat16)[name])
     used = resources(binary)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the environment is set before the imports that read it)
 """The Triton kernels against the reference, through Triton's interpreter (test_triton.py runs this file in a process of
 its own: the interpreter is chosen by TRITON_INTERPRET=1 before Triton is imported).
 

@@ -16,7 +16,7 @@ from . import triton_gradients, triton_kernels
 from .shapes import empty_kernel, empty_output, output_hw
 
 INTERPRETED = triton.knobs.runtime.interpret
-_ACCUMULATE = {torch.float64: tl.float64, torch.float32: tl.float32, torch.float16: tl.float32, torch.bfloat16: tl.float32}
+_ACCUMULATE = {torch.float64: tl.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), tl.float32)
 
 
 class Launch(NamedTuple):
@@ -30,22 +30,21 @@ class Launch(NamedTuple):
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def _fitting(configs: list[triton.Config], named: dict[str, Any], **arguments: Any) -> list[triton.Config]:
-    """Configurations whose groups exist and in which a thread holds at most 8 channels of its runs (more would spill)."""
-    values = {**named, **arguments}
-
-    def fits(config: triton.Config) -> bool:
-        groups = config.kwargs.get("GB", values.get("GB"))
-        held = config.kwargs.get("J", values.get("J")) * groups * values["BC"] / (32 * config.num_warps)
-        return (groups == 1 or groups < 2 * values["G"]) and held <= 8
-
-    return [config for config in configs if fits(config)] or configs[-1:]
-
-
-def _tuned(kernel: Any, configs: list[tuple[int | None, int | None, int]], key: str) -> Any:
+def _tuned(kernel: Any, configs: list[tuple[int | None, int | None, int]], key: str, most: int = 512) -> Any:
     """Autotuning over (J, GB, warps), None where the launch fixes it: whatever would change the order of a sum, so that
     the choice never changes a result.  The batch size is no part of the key."""
-    options: dict[str, Any] = {"key": key.split(), "prune_configs_by": {"early_config_prune": _fitting}}
+
+    def fitting(configs: list[triton.Config], named: dict[str, Any], **arguments: Any) -> list[triton.Config]:
+        """Those whose groups exist, with at most 8 channels of a run a thread and J * RP / warps <= most: more would spill."""
+
+        def fits(config: triton.Config) -> bool:
+            v = {"RP": 16, **named, **arguments, **config.kwargs}
+            held = v["J"] * v["GB"] * v["BC"] / (32 * config.num_warps)
+            return (v["GB"] == 1 or v["GB"] < 2 * v["G"]) and held <= 8 and v["J"] * v["RP"] <= most * config.num_warps
+
+        return [config for config in configs if fits(config)] or configs[-1:]
+
+    options: dict[str, Any] = {"key": key.split(), "prune_configs_by": {"early_config_prune": fitting}}
     if "cache_results" in inspect.signature(triton.autotune).parameters:
         options["cache_results"] = True  # on disk, where Triton keeps its compiled kernels
     choices = [
@@ -56,11 +55,13 @@ def _tuned(kernel: Any, configs: list[tuple[int | None, int | None, int]], key: 
 
 
 _KEY = "G GC K S P D H W WIDE STEP"
-_TILES: list[tuple[int | None, int | None, int]] = [(16, 4, 4), (8, 4, 2), (32, 2, 4), (16, 1, 4), (2, 1, 4)]
+_TILES: list[tuple[int | None, int | None, int]]
+_TILES = [(16, 4, 4), (8, 4, 2), (8, 4, 4), (32, 2, 4), (16, 1, 4), (2, 1, 4)]
+_SUMS: list[tuple[int | None, int | None, int]] = [(16, None, 4), (8, None, 4), (2, None, 4)]
 _forward = _tuned(triton_kernels.forward_kernel, _TILES, _KEY + " R")
-_grad_input = _tuned(triton_kernels.grad_input_kernel, _TILES, _KEY + " R")
+_grad_input = _tuned(triton_kernels.grad_input_kernel, _TILES, _KEY + " R", most=256)
 _grad_kernel = _tuned(triton_gradients.grad_kernel_kernel, _TILES, _KEY)
-_grad_reduced = _tuned(triton_gradients.grad_reduced_kernel, [(16, None, 4), (8, None, 4), (2, None, 4)], _KEY + " R")
+_grad_reduced = _tuned(triton_gradients.grad_reduced_kernel, _SUMS, _KEY + " R", most=256)
 _grad_weight = _tuned(triton_gradients.grad_weight_kernel, [(None, None, 4), (None, None, 2)], _KEY + " R")
 
 
@@ -75,10 +76,6 @@ def _is_wide(*tensors: Tensor | None) -> bool:
     """Whether some offset needs 64 bits (they cost registers everywhere else)."""
     spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
     return max(spans) >= 2**30
-
-
-def _strides(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
 
 
 def common_arguments(
@@ -103,19 +100,22 @@ def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str =
     return images * arguments[rows] * triton.cdiv(arguments[width], arguments["RUN"])
 
 
-def _span_or_kernel(
+def _taps_from(
     kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Any]:
-    arguments = {"kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias}
-    arguments |= {"kernel_strides": _strides(kernel), "reduced_strides": _strides(reduced)}
-    return arguments | ({"KSTEP": None} if kernel is None else {"KSTEP": kernel.stride(5), "R": 1, "RP": 16})
+    arguments: dict[str, Any] = {"kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias}
+    arguments["reduced_strides"] = None if reduced is None else reduced.stride()
+    if kernel is None:
+        return arguments | {"kernel_strides": None, "KSTEP": None}
+    return arguments | {"kernel_strides": kernel.stride(), "KSTEP": kernel.stride(5), "R": 1, "RP": 16}
 
 
 def plan_forward(
     input: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    arguments = common | _span_or_kernel(kernel, reduced, weight, bias) | {"WIDE": _is_wide(input, kernel, reduced, out)}
+    arguments = common | _taps_from(kernel, reduced, weight, bias)
+    arguments |= {"WIDE": _is_wide(input, kernel, reduced, out)}
     arguments |= {"x": input, "x_strides": input.stride(), "STEP": input.stride(3)}
     arguments |= {"out": out, "out_strides": out.stride(), "total": _runs(common, input.shape[0])}
     return Launch(_forward, arguments, _tiles_by_groups_by_chunks)
@@ -125,7 +125,8 @@ def plan_grad_input(
     grad: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    arguments = common | _span_or_kernel(kernel, reduced, weight, bias) | {"WIDE": _is_wide(grad, kernel, reduced, out)}
+    arguments = common | _taps_from(kernel, reduced, weight, bias)
+    arguments |= {"WIDE": _is_wide(grad, kernel, reduced, out)}
     arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
     if common["S"] > 1:
         arguments["RUN"] = triton.cdiv(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
@@ -177,15 +178,17 @@ def _tiles_by_groups_by_chunks(a: dict[str, Any]) -> int:
 
 
 def _run(launch: Launch, device: torch.device) -> None:
+    assert launch.arguments["total"] > 0
     if INTERPRETED:  # one small configuration: nothing to tune
         small = {"J": 16, "GB": 2} | launch.arguments
         launch.kernel.fn[(launch.programs(small),)](**small)
         return
     with torch.cuda.device(device):
-        launch.kernel[lambda meta: (launch.programs(meta),)](**launch.arguments)
+        # multiply-adds stay fused whatever Triton's default is (3.10 changes it)
+        launch.kernel[lambda meta: (launch.programs(meta),)](**launch.arguments, enable_fp_fusion=True)
 
 
-# ---- the backend's functions (see functional.py for the shapes) --------------------------------------------------------
+# ---- the backend's functions (shapes as in functional.py) ------------------------------------------------------------
 
 
 def unsupported(input: Tensor, kernel: Tensor) -> str | None:

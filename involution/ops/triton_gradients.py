@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton has no star expressions)
 """Triton kernels of the involution's other gradients: of the kernels (plain), of reduced, weight and bias (fused).
 
 Letters and runs as in triton_kernels.py.  All three begin with the same sums over a group's channels,
@@ -10,10 +11,19 @@ weight (-> reduced) or by reduced (-> weight), on the tensor cores, and never wr
 import triton
 import triton.language as tl
 
-from .triton_kernels import (
-    channels, columns_from, group_ok, load_column, load_reduced, load_weight, pack, runs, tap_at, tap_numbers,
+from .triton_taps import (
+    channels,
+    columns_from,
+    group_ok,
+    load_column,
+    load_reduced,
+    load_weight,
+    pack,
+    runs,
+    tap_at,
+    tap_numbers,
     tap_pointers,
-)  # fmt: skip
+)
 
 
 @triton.jit
