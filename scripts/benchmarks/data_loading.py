@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 import data
@@ -22,6 +23,7 @@ from benchmarks.report import Report, Row
 from involution import create_model
 
 FILL = 8  # batches taken before the clock starts: more than any queue holds
+SMALL = 256  # images of the memory test
 Source = tuple[Iterator[Any], Callable[[], None]]  # batches without end, and how to stop
 
 
@@ -184,11 +186,12 @@ def together(root: str, loading: dict[str, float], args: argparse.Namespace, rep
         report.verdict(f"{loader}: {slower} is the bottleneck (loading {fast:.0f}, model {alone:.0f} images/s).")
 
 
-def memory_over_epochs(root: str, loader: str, batch: int, side: int, workers: int, epochs: int) -> list[float]:
-    """Resident MiB of this process and its workers after each epoch (run in a fresh process)."""
+def memory_over_epochs(root: str, loader: str, workers: int, epochs: int) -> list[float]:
+    """Resident MiB of this process and its workers after each epoch of a small set (run in a fresh process)."""
     images = data.open_dataset("folder", root).train
+    images = images.select(np.arange(0, len(images), max(1, len(images) // SMALL)))
     made = data.train_loader(
-        images, batch_size=batch, global_batch_size=batch, seed=0, train_size=side, loader=loader, workers=workers
+        images, batch_size=32, global_batch_size=32, seed=0, train_size=64, loader=loader, workers=workers
     )
     sizes = []
     for _ in range(epochs):
@@ -203,10 +206,11 @@ def memory(root: str, args: argparse.Namespace, report: Report) -> None:
     epochs = 3 if args.quick else 20
     rows = []
     for loader in ("dali", "torch") if "data.loader=dali" in sources(root, args) else ("torch",):
-        sizes = fresh(memory_over_epochs, root, loader, args.batch, args.side, args.workers, epochs)
+        sizes = fresh(memory_over_epochs, root, loader, args.workers, epochs)
         row = {"loader": loader} | {f"after epoch {n} (MiB)": sizes[n - 1] for n in (1, 2, epochs)}
         rows.append(row | {"growth since epoch 2 (MiB an epoch)": (sizes[-1] - sizes[1]) / (epochs - 2)})
-    report.table(f"Resident memory over {epochs} epochs, with the workers", rows, "Fresh processes, default allocator.")
+    note = f"About {SMALL} images; fresh processes, default allocator."
+    report.table(f"Resident memory over {epochs} epochs, with the workers", rows, note)
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
@@ -219,7 +223,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     loading = load_only(args.root, args, report)
     if not args.loading_only:
         together(args.root, loading, args, report)
-        memory(args.memory_root or args.root, args, report)
+        memory(args.root, args, report)
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -231,7 +235,4 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that decode (default 2)")
     parser.add_argument("--model", default="rednet50", help="default rednet50")
     parser.add_argument("--loading-only", action="store_true", help="neither the model nor memory")
-    parser.add_argument(
-        "--memory-root", help="a smaller data set for the 20 epochs of the memory test (default: the same)"
-    )
     parser.set_defaults(run=run, title="Data loading")

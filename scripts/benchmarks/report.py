@@ -52,11 +52,12 @@ class Report:
         self.tables.append({"verdict": text})
 
     def finish(self, out: Path | None) -> None:
-        """Write `out`.md and `out`.json."""
+        """Write `out`.md and `out`.json; the last line of standard output is one JSON object."""
         if out is None:
+            print(json.dumps({"tables": len(self.tables)}))
             return
         out.parent.mkdir(parents=True, exist_ok=True)
         out.with_suffix(".md").write_text("\n\n".join(self._parts) + "\n")
         content = {"title": self.title, "conditions": self.conditions, "tables": self.tables}
         out.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        print(f"written: {out.with_suffix('.md')} and {out.with_suffix('.json')}")
+        print(json.dumps({"tables": len(self.tables), "written": [str(out.with_suffix(s)) for s in (".md", ".json")]}))

@@ -1,0 +1,96 @@
+"""Every subcommand of scripts/benchmark.py runs, prints its tables and writes them; no speed is asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from programs import python
+
+
+def benchmark(tmp_path: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
+    """Standard output, and the tables by the JSON file."""
+    out = tmp_path / "result"
+    done = python("scripts/benchmark.py", *arguments, "--quick", "--out", str(out))
+    assert done.status == 0, done.stderr
+    assert out.with_suffix(".md").read_text().strip() in done.stdout
+    content = json.loads(out.with_suffix(".json").read_text())
+    assert {"command", "commit", "CPU", "threads", "versions", "allocator"} <= set(content["conditions"])
+    return done.stdout, [table for table in content["tables"] if "rows" in table]
+
+
+def numbers(tables: list[dict[str, Any]]) -> list[float]:
+    cells = (cell for table in tables for row in table["rows"] for cell in row.values())
+    return [cell["median"] if isinstance(cell, dict) else cell for cell in cells if isinstance(cell, (dict, float))]
+
+
+def test_op(tmp_path: Path) -> None:
+    output, tables = benchmark(tmp_path, "op")
+    assert [table["title"].split(",")[0] for table in tables[:3]] == [
+        "involution2d",
+        "involution2d",
+        "The two halves of the backward",
+    ]
+    assert set(tables[0]["rows"][0]["unfold / cpu"]) == {"median", "low", "high"}
+    assert min(numbers(tables[:5])) > 0
+    assert "GB/s (stream triad" in output
+    assert "MALLOC_TRIM_THRESHOLD_=" in output
+
+
+def test_model(tmp_path: Path) -> None:
+    _, tables = benchmark(tmp_path, "model", "--allocator", "default")
+    titles = [table["title"] for table in tables]
+    for begin in ("Inference", "Where inference", "Training step", "Where a training step", "Peak memory"):
+        assert any(title.startswith(begin) for title in titles), titles
+    row = tables[0]["rows"][0]
+    assert row["RedNet folded (ms)"] > 0
+    assert row["best ResNet / best RedNet"]["median"] > 0
+
+
+def test_table_2_has_the_papers_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("scripts")
+    from benchmarks.model import table2
+
+    measured = {
+        "depth": 50,
+        "batch": 1,
+        "ResNet eager (ms)": 40.0,
+        "ResNet folded (ms)": 30.0,
+        "RedNet eager (ms)": 20.0,
+    }
+    resnet, rednet = table2([measured], "cpu")
+    assert (rednet["architecture"], rednet["paper GPU (ms)"], rednet["paper CPU (ms)"]) == (
+        "RedNet-50",
+        "14.3",
+        "211.2",
+    )
+    assert rednet["ResNet-50's / this"] == pytest.approx(1.5)
+    assert rednet["the same in the paper"] == pytest.approx(895.4 / 211.2)
+    assert resnet["cpu best (ms)"] == 30.0
+
+
+def test_loop(tmp_path: Path) -> None:
+    output, tables = benchmark(tmp_path, "loop")
+    row = tables[0]["rows"][0]
+    assert min(row["trainer (ms)"], row["bare loop (ms)"]) > 0
+    assert "more than the bare loop" in output
+
+
+def test_data(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (80 + i, 60), (20 * i, 90, 200)).save(folder / f"{i}.jpg")
+    output, tables = benchmark(tmp_path, "data", str(tmp_path / "images"))
+    assert "torchvision DataLoader (peer)" in [row["loader"] for row in tables[0]["rows"]]
+    assert output.count("is the bottleneck") == len(tables[1]["rows"])
+    assert all(row["after epoch 1 (MiB)"] > 10 for row in tables[2]["rows"])
+
+
+def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
+    done = python("scripts/benchmark.py", "modle")
+    assert done.status == 2
+    assert "op, model, loop, data" in done.stderr or "'op', 'model', 'loop', 'data'" in done.stderr
