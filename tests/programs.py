@@ -37,7 +37,7 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], timeout: float = 600) -> Finished:
     stdout, stderr = process.communicate(timeout=timeout)
     lines = stdout.strip().splitlines()
-    result = json.loads(lines[-1]) if process.returncode == 0 and lines else {}
+    result = json.loads(lines[-1]) if process.returncode == 0 and lines and lines[-1].startswith("{") else {}
     return Finished(process.returncode, stdout, stderr, result)
 
 
