@@ -112,7 +112,9 @@ class DaliBackend:
         )
         with pipe:
             pixels: Any
-            data, start, shape, low, high, size, mirror = fn.external_source(source, num_outputs=7, no_copy=True)
+            data, start, shape, low, high, size, mirror = fn.external_source(
+                source, num_outputs=7, no_copy=not gpu
+            )  # a copy costs 3 %; on a GPU work may still be queued when a batch is handed out
             pixels = fn.decoders.image_slice(
                 data,
                 device="mixed" if mixed else "cpu",
@@ -151,6 +153,16 @@ def _finished(picture: Image.Image) -> _Row:
     return _Row(_raw(picture), (0, 0, height, width), (0.0, 0.0, float(height), float(width)), False)
 
 
+class _Running(NamedTuple):
+    """A batch inside the pipeline. DALI reads `inputs` where they lie, but does not keep them alive."""
+
+    work: _Work
+    inputs: tuple[Any, ...]
+    targets: np.ndarray
+    valid: int
+    bad: list[BadImageError]
+
+
 class _Run:
     """One pass of a pipeline over requests; iterating gives the batches."""
 
@@ -158,17 +170,18 @@ class _Run:
         self.backend, self.settings = backend, backend.settings
         self.source = iter(source)
         self._reading: deque[_Work] = deque()
-        self._running: deque[tuple[_Work, np.ndarray, int, list[BadImageError]]] = deque()
+        self._running: deque[_Running] = deque()
 
     def unfinished(self) -> list[_Work]:
         """What was begun and not handed out, in order."""
-        return [entry[0] for entry in self._running] + list(self._reading)
+        return [entry.work for entry in self._running] + list(self._reading)
 
     def __iter__(self) -> Iterator[Loaded]:
         self._refill()
         if not self._reading:
             return
-        pipe = self.backend.pipeline(self._feed(), len(self._reading[0].request.indices))
+        pipe: Any = self.backend.pipeline(self._feed(), len(self._reading[0].request.indices))
+        pipe.inputs_in_flight = self._running  # so that they live until its threads have stopped, also when abandoned
         device = self.settings.device
         while True:
             try:
@@ -177,9 +190,9 @@ class _Run:
             except StopIteration:
                 return
             images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2)  # no copy: channels_last
-            _, targets, valid, bad = self._running.popleft()
-            batch = Batch(images.to(self.settings.dtype), torch.from_numpy(targets.astype(np.int64)), valid)
-            yield Loaded(batch, bad)
+            done = self._running.popleft()
+            targets = torch.from_numpy(done.targets.astype(np.int64))
+            yield Loaded(Batch(images.to(self.settings.dtype), targets, done.valid), done.bad)
 
     def _refill(self) -> None:
         for request, pillow in itertools.islice(self.source, max(0, 2 - len(self._reading))):
@@ -197,10 +210,11 @@ class _Run:
             blank = _finished(Image.new("RGB", (size, size)))
             targets = self.settings.images.targets[request.indices]
             good, targets, valid = arrange(rows, targets, request.valid, blank)
-            self._running.append((work, targets, valid, bad))
             self._refill()
             start, shape = (np.array([row.window[i : i + 2] for row in good], np.int32) for i in (0, 2))
             low, high = (np.array([row.box[i : i + 2] for row in good], np.float32) for i in (0, 2))
             sizes = np.full((len(good), 2), size, np.float32)
             mirror = np.array([row.mirror for row in good], np.int32)
-            yield [row.data for row in good], start, shape, low, high, sizes, mirror
+            inputs = ([row.data for row in good], start, shape, low, high, sizes, mirror)
+            self._running.append(_Running(work, inputs, targets, valid, bad))
+            yield inputs

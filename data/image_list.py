@@ -101,7 +101,7 @@ class ImageList:
         """Counts, total size and a hash over names, classes and order: equal on all ranks and after a resume."""
         digest = hashlib.sha256()
         for part in (self.paths.block, self.paths.offsets, self.targets):
-            digest.update(np.ascontiguousarray(part))
+            digest.update(np.ascontiguousarray(part).data)
         digest.update("\0".join(self.class_names).encode("utf-8", "surrogateescape"))
         return {
             "images": len(self),

@@ -88,6 +88,8 @@ class TorchBackend:
 
     def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
         self._requests.requests = requests
+        if self._loader._iterator is not None or not self._loader.num_workers:
+            return iter(self._loader)
         gc.collect()
         gc.freeze()  # a forked worker must not collect the parent's objects: a DALI pipeline's destructor crashes there
         try:

@@ -1,6 +1,5 @@
 """Both loaders give the same batches: parity on real photos, resume at any batch, odd files, bad files."""
 
-import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +48,6 @@ def batches(loader: data.TrainLoader | data.EvalLoader, count: int | None = None
         return [next(steps) for _ in range(count)] if count is not None else list(steps)
     finally:
         loader.close()
-        gc.collect()
 
 
 def rows(found: list[data.Batch]) -> tuple[torch.Tensor, list[int]]:
