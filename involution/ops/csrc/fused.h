@@ -39,11 +39,18 @@ struct Span {
             const int64_t group = p.groups * chunk / division.chunks, end = p.groups * (chunk + 1) / division.chunks;
             A* to = panels.data() + n * kPanel * p.hidden;
             const int64_t have = std::min(kPanel, (end - group) * p.taps() - first);
-            for (int64_t i = 0; i < have; ++i) {
-                const int64_t row = group * p.taps() + first + i;
-                for (int64_t r = 0; r < p.hidden; ++r) to[r * kPanel + i] = weight[row * p.hidden + r];
-                biases[chunk * columns + first + i] = bias ? bias[row] : A(0);
-            }
+            const A* from = weight + (group * p.taps() + first) * p.hidden;
+            int64_t r = 0;
+            for (; have == kPanel && r + kLanes<A> <= p.hidden; r += kLanes<A>)
+                for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
+                    Vec<A> v[kLanes<A>];
+                    unroll<kLanes<A>>([&](auto n) INLINED { v[n] = load<Vec<A>>(from + (i + n) * p.hidden + r); });
+                    transpose<A, kLanes<A> / 2>(v);
+                    unroll<kLanes<A>>([&](auto n) INLINED { store(to + (r + n) * kPanel + i, v[n]); });
+                }
+            for (; r < p.hidden; ++r)
+                for (int64_t i = 0; i < have; ++i) to[r * kPanel + i] = from[i * p.hidden + r];
+            if (bias) std::copy_n(bias + group * p.taps() + first, have, biases.data() + chunk * columns + first);
         });
         if (!rows.empty())
             each_of(p.groups * p.taps(), thread, threads, [&](int64_t n) {

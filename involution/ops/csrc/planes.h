@@ -105,7 +105,8 @@ INLINE void window_gradient(int64_t channels, const A* __restrict x, int64_t pla
         V value[P];
         unroll<P>([&](auto p) INLINED { value[p] = grad[p * grad_step + c] - V{}; });
         unroll<K>([&](auto u) INLINED {
-            const V inputs = load<V>(x + rows[u]);
+            V inputs = load<V>(x + rows[u]);
+            in_register(inputs);
             unroll<P>([&](auto p) INLINED { sum[p][u] += value[p] * inputs; });
         });
     }

@@ -52,6 +52,18 @@ INLINE void unroll(F&& f) {
     unroll_impl(f, std::make_index_sequence<N>{});
 }
 
+// Keeps a loaded value in a register: compilers fold the load into each of its uses, and loads are what is scarce.
+template <class V>
+INLINE void in_register(V& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__SSE2__)
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
 template <class A>
 struct IndexOf;
 template <>
