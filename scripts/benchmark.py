@@ -13,6 +13,7 @@ ratios within a round with their quartiles in brackets. Peak memory is taken in 
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,6 +38,12 @@ def common_options() -> argparse.ArgumentParser:
     common.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
     )
+    common.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: processor time, for machines with busy neighbours; needs --threads 1 (default wall)",
+    )
     common.add_argument("--out", type=Path, metavar="NAME", help="write NAME.md and NAME.json")
     common.add_argument("--quick", action="store_true", help="tiny shapes and one round: does it run?")
     return common
@@ -49,7 +56,10 @@ def parse() -> argparse.Namespace:
 
     for module in (op, model, loop, data_loading):
         module.add_command(commands, common_options())
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.clock == "cpu" and (args.threads != 1 or args.command == "data"):
+        parser.error("--clock cpu needs --threads 1, and means nothing to loaders, which work in threads and processes")
+    return args
 
 
 def main() -> None:
@@ -58,6 +68,7 @@ def main() -> None:
     if args.allocator == "tuned" and any(os.environ.get(name) != value for name, value in tuned.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | tuned)
     import torch
+    from benchmarks import timing
     from benchmarks.machine import conditions
     from benchmarks.report import Report
 
@@ -66,6 +77,7 @@ def main() -> None:
     if args.quick:
         args.repeats = args.threads = 1
     torch.set_num_threads(args.threads)
+    timing.clock = time.process_time if args.clock == "cpu" else time.perf_counter
     report = Report(args.title, conditions(args))
     args.run(args, report)
     report.finish(args.out)

@@ -7,7 +7,6 @@ loader takes the time since its last answer, which is one step of the trainer, a
 import argparse
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,13 +53,13 @@ class AlternatingLoader:
     def __next__(self) -> Batch:
         if self.handed_out % self.block == 0:
             timing.synchronize(self.device)
-            now = time.perf_counter()
+            now = timing.clock()
             if self.handed_out:
                 self.samples["trainer"].append((now - self._begin) / self.block)
             for _ in range(self.block):
                 self.bare_step()
             timing.synchronize(self.device)
-            self._begin = time.perf_counter()
+            self._begin = timing.clock()
             if self.handed_out:
                 self.samples["bare loop"].append((self._begin - now) / self.block)
         self.handed_out += 1

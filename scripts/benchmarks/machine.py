@@ -59,6 +59,7 @@ def conditions(args: argparse.Namespace) -> dict[str, str]:
         "GPU": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "device measured": args.device,
         "threads": str(args.threads),
+        "clock": args.clock,
         "repeats": str(args.repeats),
         "versions": ", ".join([f"Python {platform.python_version()}"] + [f"{p} {_version(p)}" for p in packages]),
         "allocator": ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if "MALLOC" in k) or "default",

@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 
 SAMPLE = 0.02  # seconds a sample should last at least: shorter calls are repeated within it
+# Or time.process_time, where neighbours take so much of the machine that only this process's own processor time says
+# anything; with one thread, because threads that wait for others spin.
+clock = time.perf_counter
 Samples = dict[str, list[float]]  # case -> seconds a call, one value a round
 
 
@@ -29,11 +32,11 @@ def synchronize(device: str) -> None:
 
 def _seconds(call: Callable[[], object], number: int, device: str) -> float:
     synchronize(device)
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(number):
         call()
     synchronize(device)
-    return (time.perf_counter() - begin) / number
+    return (clock() - begin) / number
 
 
 def interleave(cases: dict[str, Callable[[], object]], repeats: int, device: str = "cpu") -> Samples:
