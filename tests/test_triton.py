@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 OTHERS = ["forward", "grad_input", "grad_kernel", "span_grad_input", "span_grad_reduced", "span_grad_weight"]
+OTHERS += ["span_grad_reduced_of_one_group"]
 
 
 def test_results_through_the_interpreter() -> None:
@@ -42,6 +43,9 @@ def launches(dtype: torch.dtype, batch: int = 128) -> dict[str, Any]:
         "span_forward": backend.plan_forward(x, None, reduced, weight, bias, grad, fused),
         "span_grad_input": backend.plan_grad_input(grad, None, reduced, weight, bias, x, fused),
         "span_grad_reduced": backend.plan_grad_reduced(grad, x, weight, reduced, fused),
+        "span_grad_reduced_of_one_group": backend.plan_grad_reduced(
+            grad, x, weight[:49], reduced, backend.common_arguments(x, 7, 1, reduced, 1, 3, 1)
+        ),
         "span_grad_weight": backend.plan_grad_weight(grad, x, reduced, True, fused)[0],
     }
 

@@ -3,7 +3,6 @@
 B images, C channels, G groups, K taps a side, H x W input, Ho x Wo output, R reduced channels.
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from .shapes import empty_kernel, empty_output, output_hw
 
 INTERPRETED = triton.knobs.runtime.interpret
 _ACCUMULATE = {torch.float64: tl.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), tl.float32)
+_Tile = tuple[int | None, int | None, int]  # J, GB, warps
 
 
 class Launch(NamedTuple):
@@ -27,45 +27,38 @@ class Launch(NamedTuple):
     programs: Callable[[dict[str, Any]], int]
 
 
-# ---- tuning ----------------------------------------------------------------------------------------------------------
-
-
-def _tuned(kernel: Any, configs: list[tuple[int | None, int | None, int]], key: str, most: int = 512) -> Any:
+def _tuned(kernel: Any, configs: list[_Tile], key: str, most: int = 512) -> Any:
     """Autotuning over (J, GB, warps), None where the launch fixes it: whatever would change the order of a sum, so that
     the choice never changes a result.  The batch size is no part of the key."""
 
     def fitting(configs: list[triton.Config], named: dict[str, Any], **arguments: Any) -> list[triton.Config]:
-        """Those whose groups exist, with at most 8 channels of a run a thread and J * RP / warps <= most: more would spill."""
+        """The first three (a compilation takes seconds) that do not spill: 8 channels of a run a thread, J * RP / warps
+        <= most."""
 
         def fits(config: triton.Config) -> bool:
             v = {"RP": 16, **named, **arguments, **config.kwargs}
             held = v["J"] * v["GB"] * v["BC"] / (32 * config.num_warps)
-            return (v["GB"] == 1 or v["GB"] < 2 * v["G"]) and held <= 8 and v["J"] * v["RP"] <= most * config.num_warps
+            exist = config.kwargs.get("GB", 1) < 2 * v["G"]
+            return exist and held <= 8 and v["J"] * v["RP"] <= most * config.num_warps
 
-        return [config for config in configs if fits(config)] or configs[-1:]
+        return [config for config in configs if fits(config)][:3] or configs[-1:]
 
-    options: dict[str, Any] = {"key": key.split(), "prune_configs_by": {"early_config_prune": fitting}}
-    if "cache_results" in inspect.signature(triton.autotune).parameters:
-        options["cache_results"] = True  # on disk, where Triton keeps its compiled kernels
-    choices = [
-        triton.Config({k: v for k, v in (("J", j), ("GB", gb)) if v is not None}, num_warps=warps, num_stages=2)
-        for j, gb, warps in configs
-    ]
-    return triton.autotune(choices, **options)(kernel)
+    choices = []
+    for j, gb, warps in configs:
+        tile = {name: value for name, value in (("J", j), ("GB", gb)) if value is not None}
+        choices.append(triton.Config(tile, num_warps=warps, num_stages=2))
+    prune = {"early_config_prune": fitting}
+    return triton.autotune(choices, key=key.split(), prune_configs_by=prune, cache_results=True)(kernel)
 
 
 _KEY = "G GC K S P D H W WIDE STEP"
-_TILES: list[tuple[int | None, int | None, int]]
-_TILES = [(16, 4, 4), (8, 4, 2), (8, 4, 4), (32, 2, 4), (16, 1, 4), (2, 1, 4)]
-_SUMS: list[tuple[int | None, int | None, int]] = [(16, None, 4), (8, None, 4), (2, None, 4)]
+_TILES: list[_Tile] = [(16, 4, 4), (8, 4, 2), (8, 4, 4), (32, 2, 4), (16, 1, 4), (4, 4, 4), (2, 1, 4)]
+_SUMS: list[_Tile] = [(16, None, 4), (8, None, 4), (2, None, 4)]
 _forward = _tuned(triton_kernels.forward_kernel, _TILES, _KEY + " R")
 _grad_input = _tuned(triton_kernels.grad_input_kernel, _TILES, _KEY + " R", most=256)
 _grad_kernel = _tuned(triton_gradients.grad_kernel_kernel, _TILES, _KEY)
 _grad_reduced = _tuned(triton_gradients.grad_reduced_kernel, _SUMS, _KEY + " R", most=256)
 _grad_weight = _tuned(triton_gradients.grad_weight_kernel, [(None, None, 4), (None, None, 2)], _KEY + " R")
-
-
-# ---- launches --------------------------------------------------------------------------------------------------------
 
 
 def _power(value: int, least: int = 1) -> int:
@@ -100,10 +93,9 @@ def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str =
     return images * arguments[rows] * triton.cdiv(arguments[width], arguments["RUN"])
 
 
-def _taps_from(
-    kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"kernel": kernel, "reduced": reduced, "weight": weight, "bias": bias}
+def _taps_from(kernel: Tensor | None, reduced: Tensor | None, *span: Tensor | None) -> dict[str, Any]:
+    """Where taps come from: a kernel, or the operands of the span convolution."""
+    arguments: dict[str, Any] = {"kernel": kernel, "reduced": reduced, "weight": span[0], "bias": span[1]}
     arguments["reduced_strides"] = None if reduced is None else reduced.stride()
     if kernel is None:
         return arguments | {"kernel_strides": None, "KSTEP": None}
@@ -115,9 +107,9 @@ def plan_forward(
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
     arguments = common | _taps_from(kernel, reduced, weight, bias)
-    arguments |= {"WIDE": _is_wide(input, kernel, reduced, out)}
     arguments |= {"x": input, "x_strides": input.stride(), "STEP": input.stride(3)}
-    arguments |= {"out": out, "out_strides": out.stride(), "total": _runs(common, input.shape[0])}
+    arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(input, kernel, reduced, out)}
+    arguments["total"] = _runs(common, input.shape[0])
     return Launch(_forward, arguments, _tiles_by_groups_by_chunks)
 
 
@@ -126,11 +118,11 @@ def plan_grad_input(
     out: Tensor, common: dict[str, Any],
 ) -> Launch:  # fmt: skip
     arguments = common | _taps_from(kernel, reduced, weight, bias)
-    arguments |= {"WIDE": _is_wide(grad, kernel, reduced, out)}
     arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
     if common["S"] > 1:
         arguments["RUN"] = triton.cdiv(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
-    arguments |= {"out": out, "out_strides": out.stride(), "total": _runs(arguments, grad.shape[0], "H", "W")}
+    arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(grad, kernel, reduced, out)}
+    arguments["total"] = _runs(arguments, grad.shape[0], "H", "W")
     return Launch(_grad_input, arguments, _tiles_by_groups_by_chunks)
 
 
@@ -148,7 +140,9 @@ def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str,
 
 def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
     arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
-    arguments["GB"] = min(4, _power(common["G"]), max(1, 64 // common["BC"]))
+    arguments["GB"] = max(
+        2, min(4, _power(common["G"]), 64 // common["BC"])
+    )  # the tensor cores sum over 16 taps or more
     return Launch(_grad_reduced, arguments, lambda a: triton.cdiv(a["total"], a["J"]))
 
 
@@ -161,10 +155,11 @@ def plan_grad_weight(
     # Two rows of taps a program: they share most input rows (in L1); more take minutes to compile.  The sums of a row,
     # KP taps x GB groups x RP, are at most 2048 values of a program's registers.
     rows, groups = min(2, common["K"]), min(4, _power(common["G"]), max(1, 64 // common["BC"]), max(1, 256 // padded))
-    runs = max(2, min(1024 // (groups * max(16, common["BC"])), 2048 // padded))
+    runs = min(1024 // (groups * max(16, common["BC"])), 2048 // padded)
+    runs = max(2, 2 * runs // input.element_size())  # wider types take more shared memory
     programs = triton.cdiv(common["G"], groups) * triton.cdiv(common["K"], rows)
     # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
-    parts = max(1, min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], runs)))
+    parts = min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], runs))
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
     biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
@@ -183,8 +178,7 @@ def _run(launch: Launch, device: torch.device) -> None:
         small = {"J": 16, "GB": 2} | launch.arguments
         launch.kernel.fn[(launch.programs(small),)](**small)
         return
-    with torch.cuda.device(device):
-        # multiply-adds stay fused whatever Triton's default is (3.10 changes it)
+    with torch.cuda.device(device):  # multiply-adds stay fused whatever Triton's default is (3.10 changes it)
         launch.kernel[lambda meta: (launch.programs(meta),)](**launch.arguments, enable_fp_fusion=True)
 
 
