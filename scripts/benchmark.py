@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for `data`, which is no installed package
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler need not say when it starts
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not say when it starts
 
 # Freed memory stays with the process, so that page faults (1.2 to 4 times on CPU operators) do not drown the kernels.
 TUNED = {"MALLOC_TRIM_THRESHOLD_": 2**36, "MALLOC_MMAP_THRESHOLD_": 2**36, "MALLOC_TOP_PAD_": 2**28}

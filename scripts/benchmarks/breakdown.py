@@ -18,7 +18,7 @@ KINDS = {
     "pooling": ("pool", "aten::mean"),
     "optimizer": ("sgd",),
 }
-TURNS = 5
+TURNS = 10
 
 
 def breakdown(calls: Mapping[str, Callable[[], Any]], device: str, inference: bool = False) -> list[Row]:

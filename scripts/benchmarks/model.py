@@ -202,12 +202,12 @@ def run(args: argparse.Namespace, report: Report) -> None:
         if found := table2(rows, args.device):
             report.table("The paper's Table 2 (latency of one image)", found)
     if "breakdown" in parts:
+        variant = "compiled" if args.compile else "folded"
         for batch in args.batch:
             x = images(batch, args.side, args.device, DTYPES[args.dtype])
-            calls = {name: partial(variants[name]["folded"], x) for name in names}
-            report.table(
-                f"Where inference spends its time, folded, batch {batch} (ms)", breakdown(calls, args.device, True)
-            )
+            calls = {name: partial(variants[name][variant], x) for name in names}
+            title = f"Where inference spends its time, {variant}, batch {batch} (ms, under the profiler)"
+            report.table(title, breakdown(calls, args.device, True), "Generated element-wise code is under other.")
     if "training" in parts:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
         report.table(f"Training step, {settings}", rows, "Forward, backward, SGD with momentum.")
