@@ -38,8 +38,7 @@ def _tuned(kernel: Any, configs: list[_Tile], key: str, most: int = 512) -> Any:
         def fits(config: triton.Config) -> bool:
             v = {"RP": 16, **named, **arguments, **config.kwargs}
             held = v["J"] * v["GB"] * v["BC"] / (32 * config.num_warps)
-            exist = config.kwargs.get("GB", 1) < 2 * v["G"]
-            return exist and held <= 8 and v["J"] * v["RP"] <= most * config.num_warps
+            return config.kwargs.get("GB", 1) < 2 * v["G"] and held <= 8 and v["J"] * v["RP"] <= most * config.num_warps
 
         return [config for config in configs if fits(config)][:3] or configs[-1:]
 
