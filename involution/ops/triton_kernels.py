@@ -12,8 +12,9 @@ on J runs x GB groups; its N = J * GB rows (run, group) are spread over the thre
 
 A column is loaded and widened to float32 once for all pixels of the run: 13 loads for 49 multiply-adds at RUN = K = 7,
 where one thread an output needs 49.  Runs of 7 divide 56, 28, 14 and 7 evenly.  All multiply-adds are float32, on the
-ordinary cores.  (As a banded matrix product on the tensor cores, built first, it is 20 % fewer instructions but
-2.5 times the bytes through shared memory, which then bound it; and 0 x inf spread through the band.)
+ordinary cores.  (As a banded matrix product on the tensor cores, built first, the compiled loop has some 20 % fewer
+instructions, but by a count of bytes, not a measurement, 2.5 times the shared memory traffic, which would bind it; and
+0 x inf spreads through the band.)
 Plain, taps come from memory.  Fused, taps = reduced[8 J pixels, R] @ weight[R, GB x KP taps of row u] + bias in
 float32: made by the tensor cores, dealt out to the threads that need them, never written to memory.
 
@@ -28,7 +29,7 @@ instructions counted in the compiled sm_90 code, a floor too; the floor of the m
       4   512     7         21      5              33      8          12       17   |  14     4   13     ( 5)    1.32
 
 So the bytes would allow 3.7 times, but the multiply-adds (106 ps a pixel of stage 1 against 72 ps for its bytes) and
-the work around them bind first: half of the instructions are not multiply-adds (widening bf16 is a fifth of all).
+the work around them bind first: half of the instructions are not multiply-adds (widening bf16 is 13-18 % of all).
 Backward of stage 1, issue: fused 107 (input) + 122 (reduced) + 148 (weight) = 377 us; unfused 117 + 131 + about 85 for
 the convolution's = 333 us.  Fused training pays a little time for not keeping 49 G values a pixel.
 """
