@@ -3,6 +3,7 @@
 Shapes: b images a batch, 3 channels, S pixels a side.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
@@ -15,6 +16,8 @@ from data.decode import BadImageError
 from data.image_list import ImageList
 from data.sampling import MicroBatch, Plan
 from data.transforms import Transform
+
+log = logging.getLogger("involution.data")
 
 Row = TypeVar("Row")
 
@@ -92,7 +95,9 @@ class _Loader:
         for error in loaded.bad:
             if self.on_error == "stop":
                 raise error
-            self.skipped[error.path] = error.reason
+            if error.path not in self.skipped:
+                self.skipped[error.path] = error.reason
+                log.warning("left out %r: %s (%d files so far)", error.path, error.reason, len(self.skipped))
         return loaded.batch
 
     def close(self) -> None:

@@ -302,7 +302,7 @@ def write_bad_files(folder: Path, photo: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_bad_files_are_named_or_skipped(loader: str, photos: Path, tmp_path: Path):
+def test_bad_files_are_named_or_skipped(loader: str, photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     folder = tmp_path / "class"
     folder.mkdir()
     good = sorted((photos / "val2017").iterdir())[:9]
@@ -324,6 +324,7 @@ def test_bad_files_are_named_or_skipped(loader: str, photos: Path, tmp_path: Pat
     found = batches(one, 2 * one.plan.batches_per_epoch)
     unreadable = {str(folder / name) for name in bad if not _pillow_reads(folder / name)}
     assert set(one.skipped) == unreadable
+    assert len(caplog.messages) == len(unreadable)  # once a file, not once an epoch
     assert sum(batch.valid for batch in found) == 2 * (len(images) - len(unreadable))
     assert all(batch.images.shape == (4, 3, 16, 16) for batch in found)
 
@@ -364,6 +365,13 @@ def test_impossible_arguments(digits: ImageList):
             data.train_loader(digits, **(sizes | options))
     with pytest.raises(ValueError, match="val_size is 224 and val_resize 200"):
         data.eval_loader(digits, batch_size=8, val_resize=200)
+
+
+def test_without_dali_auto_is_torch_and_dali_says_how_to_get_it(digits: ImageList, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(data, "dali_installed", lambda: False)
+    with pytest.raises(ValueError, match="pip install nvidia-dali-cuda130"):
+        data.eval_loader(digits, batch_size=8, val_resize=32, val_size=32, loader="dali")
+    assert batches(data.eval_loader(digits, batch_size=101, val_resize=32, val_size=32, workers=0))[0].valid == 101
 
 
 def test_no_process_or_thread_survives_close(digits: ImageList):
