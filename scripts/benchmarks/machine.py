@@ -81,16 +81,15 @@ def bandwidth(size: int, device: str) -> float:
     return 12 * b.numel() / _best(lambda: torch.add(b, c, alpha=2, out=a), device)
 
 
-def peak_flops(device: str, dtype: torch.dtype = torch.float32, side: int | None = None) -> float:
-    """FLOP/s of a large matrix product, the better of two libraries': torch.mm's, and that of convolutions (as 1x1)."""
-    side = side or (8192 if device == "cuda" else 2048)
+def peak_flops(device: str, dtype: torch.dtype = torch.float32, small: bool = False) -> float:
+    """FLOP/s of a large matrix product or of a 3x3 convolution, the better: CPU libraries differ by more than 2."""
+    side, batch = (256, 1) if small else (8192, 256) if device == "cuda" else (2048, 4)
     a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    image = a.view(1, 1, side, side).permute(0, 3, 1, 2)  # (1, channels, 1, pixels) in channels_last
-    weight = b.view(side, side, 1, 1)
-    with torch.no_grad():
-        seconds = [_best(lambda: torch.mm(a, b, out=out), device), _best(lambda: F.conv2d(image, weight), device)]
-    return 2 * side**3 / min(seconds)
+    product = 2 * side**3 / _best(lambda: torch.mm(a, b), device)
+    x = torch.randn(batch, 128, 28, 28, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(128, 128, 3, 3, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    convolution = 2 * x.numel() * 128 * 9 / _best(lambda: F.conv2d(x, weight, padding=1), device)
+    return max(product, convolution)
 
 
 def _best(call: Callable[[], object], device: str) -> float:

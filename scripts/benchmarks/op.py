@@ -50,7 +50,7 @@ class Bench:
         self.device, self.dtype, self.repeats = args.device, DTYPES[args.dtype], args.repeats
         self.fast = "triton" if self.device == "cuda" else "cpu"
         self.compiled = not (args.skip_compile or args.quick)
-        self.peak = peak_flops(self.device, self.dtype, 256 if args.quick else None)
+        self.peak = peak_flops(self.device, self.dtype, args.quick)
 
     def problem(self, shape: Shape, batch: int, last: bool = True) -> Problem:
         return Problem(shape, batch, self.device, self.dtype, last)
@@ -167,7 +167,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     bench = Bench(args)
     large = 2**22 if args.quick else 2**30
     report.verdict(
-        f"Limits measured in this process: {bench.peak / 1e9:.0f} GFLOP/s ({args.dtype} matrix product), "
+        f"Limits measured in this process: {bench.peak / 1e9:.0f} GFLOP/s ({args.dtype}, matrix product or "
+        f"3x3 convolution), "
         f"{bandwidth(large, args.device) / 1e9:.1f} GB/s (stream triad, {large >> 20} MiB)."
     )
     shapes = STAGES[3:] if args.quick else STAGES + (OTHERS if args.all_shapes else OTHERS[:1])
