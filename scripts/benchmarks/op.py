@@ -168,8 +168,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     large = 2**22 if args.quick else 2**30
     report.verdict(
         f"Limits measured in this process: {bench.peak / 1e9:.0f} GFLOP/s ({args.dtype}, matrix product or "
-        f"3x3 convolution), "
-        f"{bandwidth(large, args.device) / 1e9:.1f} GB/s (stream triad, {large >> 20} MiB)."
+        f"3x3 convolution), {bandwidth(large, args.device) / 1e9:.1f} GB/s (stream triad, {large >> 20} MiB)."
     )
     shapes = STAGES[3:] if args.quick else STAGES + (OTHERS if args.all_shapes else OTHERS[:1])
     note = (
