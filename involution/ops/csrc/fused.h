@@ -25,17 +25,33 @@ struct Span {
         hidden = whole_registers<A>(p.hidden);
         panels.resize(division.chunks * columns * p.hidden);
         biases.resize(division.chunks * columns);
-        if (backward) rows.resize(p.groups * p.taps() * hidden);
+        if (backward && hidden != p.hidden) rows.resize(p.groups * p.taps() * hidden);
     }
+
+    // A unit that alone uses its chunk packs it itself: no thread waits for another.
+    bool own_chunk() const { return division.units(p) == division.chunks; }
+    const A* weight_rows() const { return rows.empty() ? weight : rows.data(); }
 
     static constexpr int64_t kPanel = 2 * kLanes<A>;
 
     // weight^T of every chunk of groups in panels of two registers, [panel][R][2 registers]; the weight's rows padded to
     // whole registers. Each thread packs its share.
     void pack(int thread, int threads) {
+        if (!own_chunk()) pack_panels(0, division.chunks, thread, threads);
+        if (!rows.empty())
+            each_of(p.groups * p.taps(), thread, threads, [&](int64_t n) {
+                std::copy_n(weight + n * p.hidden, p.hidden, rows.data() + n * hidden);
+            });
+    }
+    void pack(const Unit& unit) {
+        if (own_chunk()) pack_panels(unit.chunk, unit.chunk + 1, 0, 1);
+    }
+    bool pack_together() const { return !own_chunk() || !rows.empty(); }
+
+    void pack_panels(int64_t from_chunk, int64_t last_chunk, int thread, int threads) {
         const int64_t count = columns / kPanel;
-        each_of(division.chunks * count, thread, threads, [&](int64_t n) {
-            const int64_t chunk = n / count, first = n % count * kPanel;
+        each_of((last_chunk - from_chunk) * count, thread, threads, [&](int64_t in) {
+            const int64_t n = from_chunk * count + in, chunk = n / count, first = n % count * kPanel;
             const int64_t group = p.groups * chunk / division.chunks, end = p.groups * (chunk + 1) / division.chunks;
             A* to = panels.data() + n * kPanel * p.hidden;
             const int64_t have = std::min(kPanel, (end - group) * p.taps() - first);
@@ -52,10 +68,6 @@ struct Span {
                 for (int64_t i = 0; i < have; ++i) to[r * kPanel + i] = from[i * p.hidden + r];
             if (bias) std::copy_n(bias + group * p.taps() + first, have, biases.data() + chunk * columns + first);
         });
-        if (!rows.empty())
-            each_of(p.groups * p.taps(), thread, threads, [&](int64_t n) {
-                std::copy_n(weight + n * p.hidden, p.hidden, rows.data() + n * hidden);
-            });
     }
 
     Tile<A> kernels(const Unit& unit, Tile<A> tile, int slot) const {
@@ -81,13 +93,14 @@ void span_forward(const Problem& p, const A* x, const A* reduced, const A* weigh
     const Division division(p, true);
     const int64_t threads = std::min(p.threads, division.units(p));
     Span<A> span(p, division, reduced, weight, bias, false);
-    on_threads(threads, [&](int thread, int count) { span.pack(thread, count); });
+    if (span.pack_together()) on_threads(threads, [&](int thread, int count) { span.pack(thread, count); });
     const std::vector<A> zeros(p.channels, A(0));
     on_threads(threads, [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const A* image = x + unit.image * p.x_batch;
             A* to = out + unit.image * p.out_height * p.out_width * p.channels;
+            span.pack(unit);
             Tiling<A>(p, unit).each(p, unit, [&](Tile<A> tile) {
                 tile = span.kernels(unit, tile, 2);
                 with_window<A>(p, [&](auto k, auto s) {
@@ -121,7 +134,7 @@ struct SpanGradients {
         constexpr int64_t depth = 256;  // so that a panel of the weight stays in the first-level cache
         for (int64_t k = 0; k < taps; k += depth)
             gemm<A>(pixels, hidden, std::min(depth, taps - k), tile.values + k, step, 1,
-                    [&](int64_t j) { return span.rows.data() + (first + k) * hidden + j; }, hidden, product, hidden,
+                    [&](int64_t j) { return span.weight_rows() + (first + k) * hidden + j; }, hidden, product, hidden,
                     nullptr, k > 0);
         if (product != to)
             for (int64_t m = 0; m < pixels; ++m) std::copy_n(product + m * hidden, p.hidden, to + m * p.hidden);
@@ -144,7 +157,7 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
     Span<A> span(p, division, reduced, weight, bias, true);
     std::vector<A> sums(threads * taps * (span.hidden + 1));
     int team = 1;
-    on_threads(threads, [&](int thread, int count) { span.pack(thread, count); });
+    if (span.pack_together()) on_threads(threads, [&](int thread, int count) { span.pack(thread, count); });
     on_threads(threads, [&](int thread, int count) {
         if (thread == 0) team = count;
         A* own = sums.data() + thread * taps * (span.hidden + 1);
@@ -152,6 +165,7 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const Tiling<A> tiling(p, unit);
+            span.pack(unit);
             const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
             A* to = grad_x + unit.image * p.height * p.width * p.channels;
             const int64_t outside = scratch<A>(1, p.channels) - to;

@@ -58,7 +58,7 @@ INLINE void in_register(V& v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));
 #elif defined(__SSE2__)
-    asm("" : "+x"(v));
+    if constexpr (sizeof v <= kRegisterBytes) asm("" : "+x"(v));
 #else
     (void)v;
 #endif
