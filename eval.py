@@ -11,10 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from involution.engine import cli
-from involution.engine.build import build_evaluation
 from involution.engine.config import EvalConfig, validate
 from involution.engine.distributed import init_world, leave_world
 from involution.engine.evaluate import evaluate
+from involution.engine.load import build_evaluation
 from involution.engine.run import log_to
 
 CONF = Path(__file__).resolve().parent / "conf"

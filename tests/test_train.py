@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from programs import python, torchrun
+from programs import in_process, python, torchrun
 
 TINY = ["recipe=demo", "device=cpu", "train.max_steps=4", "train.log_every_steps=2", "train.label_smoothing=0.1"]
 
@@ -86,6 +86,19 @@ def test_eval_takes_a_run_folder_and_its_best_checkpoint(run):
     assert evaluate(f"checkpoint={run}", "data.loader=torch")["n"] == 355
 
 
+def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
+    from involution.engine.checkpoint import best_weights, read
+    from involution.weights import to_released
+
+    recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    released = tmp_path / "released.pth"
+    torch.save({"state_dict": to_released(best_weights(read(run / "checkpoints" / "last.pt")))}, released)
+    assert evaluate(f"checkpoint={released}", "data=demo")["top1"] == pytest.approx(recorded["val_top1"], abs=0.3)
+    refused = python("eval.py", f"checkpoint={released}")
+    assert refused.status == 2
+    assert "say what to evaluate on" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -93,11 +106,12 @@ def test_eval_takes_a_run_folder_and_its_best_checkpoint(run):
         (["checkpoint=README.md"], "README.md cannot be read as a checkpoint"),
         ([], "checkpoint"),
         (["checkpoint={run}", "data=folder", "data.root={run}"], "train"),
+        (["checkpoint={run}", "data=folder"], "set data.root"),
         (["checkpoint={run}", "data.val_sise=3"], "did you mean data.val_size?"),
     ],
 )
 def test_wrong_input_to_eval(run, arguments, message):
-    finished = python("eval.py", *(argument.format(run=run) for argument in arguments))
+    finished = in_process("eval.py", *(argument.format(run=run) for argument in arguments))
     assert finished.status == 2, finished.stderr
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ from hydra.utils import instantiate
 
 import data
 from involution import complexity, create_model
-from involution.engine.checkpoint import CheckpointFolder, State, best_weights, load_weights, mismatch, read
-from involution.engine.config import DataConfig, EvalConfig, TrainConfig, differences
+from involution.engine.checkpoint import (
+    CheckpointFolder,
+    State,
+    mismatch,
+    read,
+)
+from involution.engine.config import DataConfig, TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.optim import build_schedule, parameter_groups
@@ -29,7 +35,6 @@ DEFINING = (
     "train.exclude_from_decay",
     "optimizer._target_",
 )  # another value makes it another run
-PREPARATION = ("train_size", "val_size", "val_resize", "mean", "std")  # of pictures: part of what a model has learned
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -92,7 +97,7 @@ def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool)
     return model.to(device).to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def _num_classes(configured: int | None, class_names: list[str]) -> int:
+def _num_classes(configured: int | None, class_names: Sequence[str]) -> int:
     if configured is not None and configured < len(class_names):
         raise UserError(f"model.num_classes={configured}, but the data set has {len(class_names)} classes")
     return configured or len(class_names)
@@ -167,37 +172,3 @@ def _loading(d: DataConfig, world: World) -> dict[str, Any]:
         "decoder": automatic if d.decoder == "auto" else d.decoder,
         "on_error": d.on_error, "device": world.device,
     }  # fmt: skip
-
-
-def build_evaluation(
-    config: EvalConfig, overrides: list[str], world: World
-) -> tuple[torch.nn.Module, Any, Classification, int]:
-    """The model of a checkpoint, this rank's loader, the task and the number of samples.
-
-    Args:
-        overrides: of the command line. Pictures are prepared as in training unless it says otherwise: data=imagenet
-            chooses other pictures, data.val_size=256 another size.
-
-    Raises:
-        ValueError: for a checkpoint that cannot be used, or data that do not fit it.
-    """
-    path = Path(config.checkpoint)
-    state = read(path / "checkpoints" / "best.pt" if path.is_dir() else path)
-    trained = state["config"]
-    d = DataConfig(**trained["data"])
-    if config.data["name"] not in (None, d.name):
-        d.root = d.exclude = None
-    given = {override.partition("=")[0] for override in overrides}
-    for key, value in config.data.items():
-        if value is not None and (key not in PREPARATION or f"data.{key}" in given):
-            setattr(d, key, value)
-    images = data.open_dataset(d.name, d.root, d.exclude).val
-    if list(images.class_names) != state["class_names"]:
-        raise UserError(
-            f"the data set's classes ({', '.join(images.class_names[:3])}, ...) are not those that the checkpoint was "
-            f"trained on ({', '.join(state['class_names'][:3])}, ...)"
-        )
-    model: torch.nn.Module = create_model(**trained["model"])
-    load_weights(model, best_weights(state))
-    model = to_device(model, world.device, channels_last=True)
-    return model, build_eval_loader(images, d, config.batch_size, world), Classification(), len(images)

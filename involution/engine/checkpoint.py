@@ -29,6 +29,10 @@ class DamagedCheckpoint(UserError):
     """A file that is not a whole checkpoint."""
 
 
+class ForeignFile(DamagedCheckpoint):
+    """A readable file, but none that train.py wrote: perhaps weights alone."""
+
+
 def digest(value: Any) -> str:
     """SHA-256 of nested dicts, lists, tensors, numbers and strings, independent of how they are stored."""
     sha = hashlib.sha256()
@@ -103,7 +107,7 @@ def read(path: Path) -> State:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(state, dict) or "sha256" not in state or "model" not in state:
-        raise DamagedCheckpoint(f"{path} is not a checkpoint that train.py wrote")
+        raise ForeignFile(f"{path} is not a checkpoint that train.py wrote")
     if state.pop("sha256") != digest(state):
         raise DamagedCheckpoint(f"{path} is damaged: its contents do not match its SHA-256")
     return state
