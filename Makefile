@@ -25,7 +25,7 @@ demo: setup
 	@echo "    python train.py -m recipe=demo model.kernel_size=3,5,7 train.epochs=2"
 
 test: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses=2
 
 lint: setup
 	$(VENV)/bin/ruff format --check .
