@@ -44,6 +44,7 @@ class Monitor:
         self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}\n```", step)
         self._redirect = logging_redirect_tqdm([log])
         self._redirect.__enter__()
+        log.handlers[-1].setLevel(logging.INFO)  # the redirection forgets the console's level
         self._bar = tqdm(
             total=total_steps,
             initial=step,
