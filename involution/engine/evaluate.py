@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
@@ -9,12 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from involution.engine.distributed import World, sum_over_ranks
+from involution.engine.distributed import World, gather_objects, sum_over_ranks
 from involution.engine.task import Task
 
 if TYPE_CHECKING:
     from data import Batch
 
+log = logging.getLogger("involution")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,7 +50,7 @@ def evaluate(
     Args:
         model: on `world.device`; left in the mode (training or not) in which it came.
         loader: this rank's share of the data set.
-        samples: size of the whole data set, which the number of counted samples must equal.
+        samples: size of the whole data set, which the number of counted samples must equal but for `loader.skipped`.
         on_batch: called after every batch; an exception from it ends the evaluation.
 
     Returns:
@@ -68,6 +70,10 @@ def evaluate(
     assert counts is not None, "a loader yields at least one (possibly all padding) batch"
     counts = sum_over_ranks(counts)
     n = round(counts[0].item())
-    if n != samples:
-        raise RuntimeError(f"the evaluation counted {n} samples, but the data set has {samples}")
+    if n != samples:  # files that data.on_error=skip left out, by whichever rank met them, are accounted for
+        left_out = set().union(*gather_objects(set(getattr(loader, "skipped", ()))))
+        if n + len(left_out) != samples:
+            raise RuntimeError(f"the evaluation counted {n} samples, but the data set has {samples}")
+        if world.is_main:
+            log.warning("%d of %d files do not decode: the evaluation leaves them out", len(left_out), samples)
     return {**task.metrics(counts), "n": n}
