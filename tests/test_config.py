@@ -126,6 +126,11 @@ def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, argument
     assert not list(tmp_path.rglob("*.pt"))
 
 
+def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path):
+    assert in_process("train.py", f"output_root={tmp_path}/runs", "data=folder").status == 2
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_a_process_ends_with_status_2_and_no_traceback(tmp_path: Path):
     finished = python("train.py", f"output_root={tmp_path}", "train.epoch=3")
     assert finished.status == 2

@@ -9,7 +9,8 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -42,11 +43,20 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
         try:
             main(config)
         except (UserError, Stopped, BadImageError) as error:
+            _remove_unused_folder()
             if HydraConfig.get().mode == RunMode.MULTIRUN:
                 raise
             raise _Leave(error) from error
 
     return quiet
+
+
+def _remove_unused_folder() -> None:
+    """Hydra makes a run's folder before the run has anything to write; a run that never began leaves none."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if folder != Path.cwd():
+        with suppress(OSError):  # something is in it
+            folder.rmdir()
 
 
 def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
