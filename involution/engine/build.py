@@ -1,4 +1,4 @@
-"""From a validated configuration to the objects that train or evaluate; below here nothing knows the configuration."""
+"""From a validated configuration to the trainer and its loaders; below here nothing knows the configuration."""
 
 import dataclasses
 import logging
@@ -11,12 +11,7 @@ from hydra.utils import instantiate
 
 import data
 from involution import complexity, create_model
-from involution.engine.checkpoint import (
-    CheckpointFolder,
-    State,
-    mismatch,
-    read,
-)
+from involution.engine.checkpoint import CheckpointFolder, State, mismatch, read
 from involution.engine.config import DataConfig, TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
@@ -27,14 +22,8 @@ from involution.engine.task import Classification
 from involution.engine.trainer import Trainer
 
 log = logging.getLogger("involution")
-DEFINING = (
-    "model.",
-    "data.name",
-    "seed",
-    "train.global_batch_size",
-    "train.exclude_from_decay",
-    "optimizer._target_",
-)  # another value makes it another run
+# another value of one of these makes it another run
+DEFINING = ("model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "optimizer._target_")
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
