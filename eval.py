@@ -1,6 +1,7 @@
 """Evaluate a checkpoint, single centre crop: python eval.py checkpoint=PATH [data=... data.root=...] [KEY=VALUE ...]
 
 The last line of standard output is one JSON object: checkpoint, top1, top5 (percent), loss, n.
+With images=PATH the five likeliest classes of pictures of your own: checkpoint, n, predictions.
 """
 
 import atexit
@@ -15,6 +16,7 @@ from involution.engine.config import EvalConfig, validate
 from involution.engine.distributed import init_world, leave_world
 from involution.engine.evaluate import evaluate
 from involution.engine.load import build_evaluation
+from involution.engine.predict import predict_images
 from involution.engine.run import log_to
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -27,6 +29,10 @@ def main(composed: DictConfig) -> None:
     world = init_world(config.device)
     atexit.register(leave_world)
     log_to(None, world.is_main)
+    if config.images is not None:
+        with cli.user_input():
+            cli.print_result(predict_images(config, HydraConfig.get().overrides.task, world))
+        return
     with cli.user_input():
         model, loader, task, samples = build_evaluation(config, HydraConfig.get().overrides.task, world)
     metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)

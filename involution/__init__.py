@@ -4,6 +4,7 @@
 """
 
 from involution.layers import Involution2d
+from involution.loading import load
 from involution.models import create_model
 from involution.models.timm_hook import register_with_timm
 from involution.ops import involution2d
@@ -11,4 +12,4 @@ from involution.ops import involution2d
 register_with_timm()
 
 __version__ = "0.1.0"
-__all__ = ["Involution2d", "__version__", "create_model", "involution2d"]
+__all__ = ["Involution2d", "__version__", "create_model", "involution2d", "load"]

@@ -6,7 +6,8 @@ standard ones, in a form that needs few nodes: K row-shifted copies, then a loop
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from involution.complexity import count
+from involution.loading import IMAGENET
 from involution.weights import describe
 
 #: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
@@ -112,14 +114,23 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
     torch.onnx.export(export_program(model), (), path, external_data=False, verbose=False, **options)
 
 
-def save_safetensors(model: nn.Module, folder: str | Path, class_names: Sequence[str] = (), note: str = "") -> None:
+def save_safetensors(
+    model: nn.Module,
+    folder: str | Path,
+    class_names: Sequence[str] = (),
+    note: str = "",
+    preparation: Mapping[str, Any] = IMAGENET,
+) -> None:
     """Write ``model.safetensors`` and a model card ``README.md`` into ``folder``, as the Hugging Face Hub expects them.
+
+    Names and preparation are in the file too, for ``involution.load``.
 
     Args:
         model: one of ours.
         folder: made if need be.
         class_names: in the order of the classifier's outputs.
         note: a paragraph for the card: training data, recipe, accuracy.
+        preparation: of pictures: val_size, val_resize, mean, std.
 
     Raises:
         ValueError: safetensors is not installed, or the names are not as many as the classes.
@@ -136,12 +147,24 @@ def save_safetensors(model: nn.Module, folder: str | Path, class_names: Sequence
         raise ValueError(f"class_names has {len(class_names)} names; the model has {options['num_classes']} classes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name})
-    (folder / "README.md").write_text(_model_card(model, name, options, class_names, note))
+    preparation = {key: preparation[key] for key in IMAGENET}
+    notes = {"preparation": json.dumps(preparation)} | (
+        {"class_names": json.dumps(list(class_names))} if class_names else {}
+    )
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name, **notes})
+    (folder / "README.md").write_text(_model_card(model, name, options, class_names, note, preparation))
 
 
-def _model_card(model: nn.Module, name: str, options: dict[str, Any], class_names: Sequence[str], note: str) -> str:
-    measured = count(model, (options["in_chans"], 224, 224))
+def _model_card(
+    model: nn.Module,
+    name: str,
+    options: dict[str, Any],
+    class_names: Sequence[str],
+    note: str,
+    preparation: Mapping[str, Any],
+) -> str:
+    side, resize, mean, std = preparation.values()
+    measured = count(model, (options["in_chans"], side, side))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     classes = "".join(f"{i}. {class_name}\n" for i, class_name in enumerate(class_names))
     listing = f"\nClasses, counted from 0:\n\n{classes}" if class_names else ""
@@ -155,12 +178,14 @@ tags: [image-classification, involution, rednet]
 
 {note or "No training data, recipe or accuracy was given for these weights."}
 
-- Parameters {measured.params / 1e6:.3f} M, FLOPs {measured.flops / 1e9:.2f} G at 224 x 224 (counted as in the paper)
-- Images: RGB, scaled to 0..1, normalised with mean (0.485, 0.456, 0.406) and deviation (0.229, 0.224, 0.225)
+- Parameters {measured.params / 1e6:.3f} M, FLOPs {measured.flops / 1e9:.2f} G at {side} pixels, counted as in the paper
+- Images: RGB, short side to {resize}, centre crop {side}, scaled to 0..1, normalised with mean {tuple(mean)} and
+  deviation {tuple(std)}
 - Paper: Involution: Inverting the Inherence of Convolution for Visual Recognition, https://arxiv.org/abs/2103.06255
 
 ```python
 import involution
 model = involution.create_model({name!r}{arguments}, pretrained="model.safetensors").eval()
+model, transform, class_names = involution.load("model.safetensors")  # the same, ready to use
 ```
 {listing}"""

@@ -6,7 +6,7 @@ onnx         OUT.onnx, for any runtime; images of any batch and size
 torch        OUT.pt2, for torch.export.load: no code of this project needed
 aoti         OUT.pt2, compiled for this machine's CPU (with --device cuda: GPU), for C++ or aoti_load_package; minutes
 safetensors  a folder OUT with model.safetensors and a model card
-CHECKPOINT: a path or URL; of train.py, released, .safetensors.
+CHECKPOINT: a path or URL: a run's folder, a file of train.py, released, .safetensors.
 """
 
 import argparse
@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 
 from involution import export
-from involution.models import load_model
+from involution.loading import open_checkpoint
 
 WRITERS: dict[str, Callable[..., None]] = {
     "onnx": export.export_onnx,
     "torch": export.export_torch,
     "aoti": export.export_aoti,
-    "safetensors": export.save_safetensors,
 }
 
 
@@ -32,12 +31,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--format", choices=WRITERS, required=True)
+    parser.add_argument("--format", choices=(*WRITERS, "safetensors"), required=True)
     parser.add_argument("--device", default="cpu", help="of an aoti package")
     arguments = parser.parse_args()
     try:
-        model = load_model(arguments.checkpoint).to(torch.device(arguments.device)).eval()
-        WRITERS[arguments.format](model, arguments.out)
+        model, class_names, data = open_checkpoint(arguments.checkpoint)
+        model.to(torch.device(arguments.device)).eval()
+        if arguments.format == "safetensors":
+            export.save_safetensors(model, arguments.out, class_names or (), preparation=export.IMAGENET | data)
+        else:
+            WRITERS[arguments.format](model, arguments.out)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -118,7 +118,7 @@ def test_the_script(tmp_path, monkeypatch, capsys, checkpoint):
     monkeypatch.setattr(sys, "argv", command)
     if checkpoint == "none.pt":
         assert script["main"]() == 2
-        assert capsys.readouterr().err.startswith("error: there is no file")
+        assert capsys.readouterr().err.startswith("error: there is no checkpoint")
     else:
         assert script["main"]() == 0
         assert load_model(tmp_path / "out" / "model.safetensors").num_classes == 2

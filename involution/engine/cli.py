@@ -137,6 +137,11 @@ def _refuse_sweep_on_every_rank() -> None:
 def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     """Hydra's message, with the nearest valid key or group option."""
     text = str(error).strip()
+    if "override_grammar" in text:
+        return (
+            f"{text.splitlines()[0]}. A value with blanks, brackets or commas needs quotes of its own, inside "
+            "the shell's: 'images=\"my photo (1).jpg\"'"
+        )
     if key := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
     if option := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL):

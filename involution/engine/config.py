@@ -64,6 +64,8 @@ class EvalConfig:
     precision: str = MISSING
     device: str = MISSING
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
+    images: Any = MISSING  # a path or a list of paths
+    output: str | None = MISSING
 
 
 CHOICES = {

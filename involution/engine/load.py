@@ -1,21 +1,18 @@
 """The model in a file, and the images to evaluate it on."""
 
 import dataclasses
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 import data
-from data import ImageList
-from involution import create_model
 from involution.engine.build import build_eval_loader, to_device
-from involution.engine.checkpoint import ForeignFile, State, best_weights, load_weights, read
 from involution.engine.config import DataConfig, EvalConfig
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.task import Classification
-from involution.models import load_model
+from involution.loading import Opened, open_checkpoint
 
 PREPARATION = ("train_size", "val_size", "val_resize", "mean", "std")  # of pictures: part of what a model has learned
 
@@ -32,45 +29,45 @@ def build_evaluation(
     Raises:
         ValueError: for a file that cannot be used, or data that do not fit it.
     """
-    path = Path(config.checkpoint)
-    try:
-        state = read(path / "checkpoints" / "best.pt" if path.is_dir() else path)
-    except ForeignFile:
-        state = None
-    model, d, images = _weights_alone(path, config) if state is None else _own(state, config, overrides)
-    model = to_device(model, world.device, channels_last=True)
+    opened = open_checkpoint(config.checkpoint)
+    d = _data(opened, config, overrides)
+    images = data.open_dataset(d.name, d.root, d.exclude).val
+    _check_classes(opened, images.class_names, config.checkpoint)
+    model = to_device(opened.model, world.device, channels_last=True)
     return model, build_eval_loader(images, d, config.batch_size, world), Classification(), len(images)
 
 
-def _own(state: State, config: EvalConfig, overrides: list[str]) -> tuple[torch.nn.Module, DataConfig, ImageList]:
-    """What train.py wrote."""
-    trained = DataConfig(**state["config"]["data"])
-    if config.data["name"] not in (None, trained.name):
-        trained.root = trained.exclude = None
-    given = {override.partition("=")[0] for override in overrides}
+def _data(opened: Opened, config: EvalConfig, overrides: list[str]) -> DataConfig:
+    """What to evaluate on, prepared as in training where the checkpoint tells how."""
+    if "name" in opened.data:
+        trained = DataConfig(**opened.data)
+        if config.data["name"] not in (None, trained.name):
+            trained.root = trained.exclude = None
+    elif config.data["name"] is None:
+        raise UserError(
+            f"{config.checkpoint} holds weights alone; say what to evaluate on: data=imagenet data.root=..."
+        )
+    else:
+        trained = DataConfig(**config.data | opened.data)
     chosen = {
         key: value
         for key, value in config.data.items()
-        if value is not None and (key not in PREPARATION or f"data.{key}" in given)
+        if value is not None and (key not in PREPARATION or f"data.{key}" in given(overrides))
     }
-    d = dataclasses.replace(trained, **chosen)
-    images = data.open_dataset(d.name, d.root, d.exclude).val
-    if list(images.class_names) != state["class_names"]:
+    return dataclasses.replace(trained, **chosen)
+
+
+def given(overrides: list[str]) -> set[str]:
+    """The keys that a command line sets."""
+    return {override.partition("=")[0].lstrip("+") for override in overrides}
+
+
+def _check_classes(opened: Opened, names: Sequence[str], checkpoint: str) -> None:
+    known = opened.class_names
+    if known is not None and list(names) != known:
         raise UserError(
-            f"the data set's classes ({', '.join(images.class_names[:3])}, ...) are not those that the checkpoint was "
-            f"trained on ({', '.join(state['class_names'][:3])}, ...)"
+            f"the data set's classes ({', '.join(names[:3])}, ...) are not those that the checkpoint was trained on "
+            f"({', '.join(known[:3])}, ...)"
         )
-    model = create_model(**state["config"]["model"])
-    load_weights(model, best_weights(state))
-    return model, d, images
-
-
-def _weights_alone(path: Path, config: EvalConfig) -> tuple[torch.nn.Module, DataConfig, ImageList]:
-    """The authors' released weights, or timm's or torchvision's of a ResNet: classes and pictures are not told."""
-    if config.data["name"] is None:
-        raise UserError(f"{path} holds weights alone; say what to evaluate on: data=imagenet data.root=...")
-    model, d = load_model(path), DataConfig(**config.data)
-    images = data.open_dataset(d.name, d.root, d.exclude).val
-    if model.num_classes != len(images.class_names):
-        raise UserError(f"{path} knows {model.num_classes} classes, the data set has {len(images.class_names)}")
-    return model, d, images
+    if known is None and opened.model.num_classes != len(names):
+        raise UserError(f"{checkpoint} knows {opened.model.num_classes} classes, the data set has {len(names)}")

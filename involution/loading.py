@@ -1,0 +1,168 @@
+"""A checkpoint as a ready-made classifier: the model, the preparation of its pictures, the names of its classes.
+
+Shape legend: B pictures, S pixels a side, N classes.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from involution.models import BottleneckNetwork, create_model, load_model
+from involution.weights import fetch, load_into
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: how pictures are prepared where a file does not tell: as the authors' released models expect them
+IMAGENET = {"val_size": 224, "val_resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+LONGEST = 8  # long side / short side beyond which a picture's ends, far outside the centre crop, are cut off first
+
+
+class Opened(NamedTuple):
+    """What a checkpoint holds."""
+
+    model: BottleneckNetwork
+    class_names: list[str] | None  # None where the file does not tell
+    data: dict[str, Any]  # the run's `data` configuration, or its values in IMAGENET's keys alone, or {}
+
+
+class Classifier(NamedTuple):
+    """A trained model with what it takes to use it."""
+
+    model: BottleneckNetwork  # in evaluation mode; (B, 3, S, S) -> logits (B, N)
+    transform: Callable[["Image"], Tensor]  # a picture of any size and mode -> (3, S, S)
+    class_names: tuple[str, ...]  # N of them
+
+    @torch.inference_mode()
+    def predict(self, pictures: Sequence["Image"], top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each picture the likeliest classes with their probabilities, the likeliest first."""
+        if not self.class_names:
+            raise ValueError("these weights have no classifier, so there is nothing to predict")
+        device = next(self.model.parameters()).device
+        logits = self.model(torch.stack([self.transform(picture) for picture in pictures]).to(device))
+        best = logits.float().softmax(1).topk(min(top, logits.shape[1]))
+        rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        return [[(self.class_names[i], p) for p, i in zip(*row, strict=True)] for row in rows]
+
+
+def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparation: Any) -> Classifier:
+    """The model of a checkpoint, with its evaluation transform and class names.
+
+    Args:
+        checkpoint: a run's folder (its ``best.pt``), a file of ``train.py``, ``.safetensors``, released weights, or a
+            URL of one. A file that does not tell how pictures are prepared gets ImageNet's preparation, and one with
+            1000 unnamed classes ImageNet's names.
+        device: of the model.
+        preparation: val_size, val_resize (pixels), mean, std (of the channels, in [0, 1]) in place of the file's.
+
+    Raises:
+        ValueError: there is no such file, or it is no checkpoint.
+    """
+    model, names, data = open_checkpoint(checkpoint)
+    told = {key: data.get(key, default) for key, default in IMAGENET.items()}
+    model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    names = _readable(names) if names else _unnamed(model.num_classes)
+    names += [str(i) for i in range(len(names), model.num_classes)]  # model.num_classes may exceed the data set's
+    return Classifier(model.eval(), evaluation_transform(**told | preparation), tuple(names))
+
+
+def open_checkpoint(location: str | Path) -> Opened:
+    """Everything in a checkpoint that outlives training; arguments and errors as in ``load``."""
+    from involution.engine.checkpoint import ForeignFile, best_weights, read
+
+    path = Path(location)
+    if "://" in str(location):
+        path = fetch(str(location))
+    elif path.is_dir():
+        path = path / "checkpoints" / "best.pt"
+    if path.suffix != ".safetensors":
+        try:
+            state = read(path)
+        except ForeignFile:
+            pass  # weights alone
+        else:
+            model = create_model(**state["config"]["model"])
+            load_into(model, best_weights(state))
+            return Opened(model, state["class_names"], state["config"]["data"])
+    model, notes = load_model(path), _notes(path)
+    names = notes.get("class_names")
+    if names and len(names) != model.num_classes:
+        raise ValueError(f"{path} names {len(names)} classes, but its classifier has {model.num_classes}")
+    return Opened(model, names, notes.get("preparation", {}))
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What ``export.save_safetensors`` notes beside the weights."""
+    if path.suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return {key: json.loads(metadata[key]) for key in ("class_names", "preparation") if key in metadata}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: its metadata should be JSON, as export.save_safetensors writes it") from error
+
+
+def evaluation_transform(
+    val_size: int, val_resize: int, mean: Sequence[float], std: Sequence[float]
+) -> Callable[["Image"], Tensor]:
+    """Short side to ``val_resize``, central crop of ``val_size``, normalisation: what evaluations do.
+
+    Raises:
+        ValueError: torchvision is not installed.
+    """
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise ValueError("preparing pictures needs torchvision: pip install torchvision") from error
+    return v2.Compose(
+        [
+            v2.Lambda(_rgb),
+            v2.Resize(val_resize),
+            v2.CenterCrop(val_size),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(list(mean), list(std)),
+        ]
+    )
+
+
+def _rgb(picture: "Image") -> "Image":
+    picture = picture.convert("RGB")
+    width, height = picture.size
+    longest = LONGEST * min(width, height)
+    if max(width, height) <= longest:
+        return picture
+    left, top = (
+        max(0, (width - longest) // 2),
+        max(0, (height - longest) // 2),
+    )  # 1 x 20000 resized would take gigabytes
+    return picture.crop((left, top, width - left, height - top))
+
+
+def _readable(names: list[str]) -> list[str]:
+    """ImageNet's class folders (n02102040) by their English names, where timm is there to tell them."""
+    if not all(re.fullmatch(r"n\d{8}", name) for name in names):
+        return names
+    try:
+        from timm.data import ImageNetInfo
+    except ImportError:
+        return names
+    info = ImageNetInfo("imagenet-22k")
+    known = set(info.label_names())
+    return [info.label_name_to_description(name).split(",")[0] if name in known else name for name in names]
+
+
+def _unnamed(num_classes: int) -> list[str]:
+    if num_classes != 1000:
+        return [str(i) for i in range(num_classes)]
+    from torchvision.models import ResNet50_Weights
+
+    return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
