@@ -5,6 +5,7 @@ With images=PATH the five likeliest classes of pictures of your own: checkpoint,
 """
 
 import atexit
+from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -35,7 +36,8 @@ def main(composed: DictConfig) -> None:
         return
     with cli.user_input():
         model, loader, task, samples = build_evaluation(config, HydraConfig.get().overrides.task, world)
-    metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)
+    with closing(loader):
+        metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)
     if world.is_main:
         cli.print_result(
             {"checkpoint": str(config.checkpoint)} | {key: metrics[key] for key in ("top1", "top5", "loss", "n")}

@@ -6,6 +6,7 @@ state saved (run again to continue), 1 anything else.
 
 import atexit
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -35,7 +36,8 @@ def main(composed: DictConfig) -> None:
     run = RunFolder(Path(HydraConfig.get().runtime.output_dir), world)
     with cli.user_input():
         trainer = build_trainer(config, run, world)
-    summary = trainer.fit()
+    with closing(trainer):
+        summary = trainer.fit()
     if world.is_main:
         run.write_summary(summary)
         cli.print_result(summary)

@@ -39,6 +39,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     Raises:
         UserError: for a GPU that is not there.
     """
+    _adopt_submitit()
     _adopt_slurm()
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     chosen = _choose_device(device, local_rank)
@@ -49,16 +50,26 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     if size > 1:
         # gloo beside NCCL: flags and objects travel between CPUs and never wait for the GPU
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout)
+        store = _store_of_this_attempt(timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _watch(rank, size, 60 * timeout_minutes)
     return World(rank, size, chosen, timeout)
 
 
+def _store_of_this_attempt(timeout: datetime.timedelta) -> dist.Store:
+    """The rendezvous' store, with keys of this attempt only.
+
+    torchrun (2.15) keeps one store for all attempts: ranks it has started again would wait for each other forever at
+    the addresses of their predecessors.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
 def _watch(rank: int, size: int, timeout: float) -> None:
     global _peers
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.distributed_c10d._get_default_store().clone()
-    _peers = Peers(rank, size, dist.PrefixStore(f"involution/{attempt}", store), timeout)
+    _peers = Peers(rank, size, dist.PrefixStore("involution", store), timeout)
 
 
 def progress() -> None:
@@ -92,6 +103,17 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
             f"Start at most {available} processes here (--nproc-per-node={available})"
         )
     return torch.device("cuda", local_rank)
+
+
+def _adopt_submitit() -> None:
+    """Under submitit's local executor, derive from its variables what torchrun would have set."""
+    env = os.environ
+    if "RANK" in env or env.get("SUBMITIT_EXECUTOR") != "local":
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"]
+    env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_LOCALID"]
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 20000))
 
 
 def _adopt_slurm() -> None:

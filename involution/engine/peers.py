@@ -35,8 +35,13 @@ class Peers:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop watching: from here on each rank may leave when it likes."""
+        """Stop watching: from here on each rank may leave when it likes.
+
+        Waits for the thread: Python aborts when it ends while a thread is inside the store's C++ code.
+        """
         self._done.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(30)
 
     def announce(self, status: int, message: str) -> tuple[int, int, str]:
         """Tell the others that this rank ends with `status`; returns the first rank that did, its status and words."""

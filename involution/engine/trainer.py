@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -29,15 +29,23 @@ if TYPE_CHECKING:
     from data import Batch
 
 log = logging.getLogger("involution")
-SAVE, STOP = 1, 2  # what ranks can agree on between steps
+SAVE, STOP, REQUEUE = 1, 2, 3  # what ranks can agree on between steps; the highest wish counts
 
 
-class TrainLoader(Protocol):
-    """An endless stream of this rank's micro-batches, whose position is nothing but the step (see data/)."""
+class Loader(Protocol):
+    """This rank's batches. `skipped` are files that could not be read and were left out, {path: reason}."""
+
+    skipped: dict[str, str]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def close(self) -> None: ...
+
+
+class TrainLoader(Loader, Protocol):
+    """An endless stream of micro-batches, whose position is nothing but the step (see data/)."""
 
     steps_per_epoch: int
 
-    def __iter__(self) -> Iterator[Batch]: ...
     def micro_batches(self, step: int) -> int: ...
     def seek(self, step: int) -> None: ...
 
@@ -54,7 +62,7 @@ class Trainer:
 
     def __init__(
         self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule,
-        train_loader: TrainLoader, val_loader: Iterable[Batch], *, train_size: int, val_size: int,
+        train_loader: TrainLoader, val_loader: Loader, *, train_size: int, val_size: int,
         options: TrainOptions, world: World, run: RunFolder, extra_state: dict[str, Any],
     ) -> None:  # fmt: skip
         self.learner = Learner(model, task, optimizer, schedule, options, world)
@@ -96,11 +104,17 @@ class Trainer:
                     self.finish_epoch()
                 self.agreement.finish()
                 self.checkpoints.wait()
+                self.report_left_out()
                 part()
         finally:
             self.checkpoints.settle()
             self.monitor.close()
         return self.summary()
+
+    def close(self) -> None:
+        """Stop the loaders' processes and threads."""
+        self.train_loader.close()
+        self.val_loader.close()
 
     def train_epoch(self, batches: Iterator[Batch]) -> None:
         """Train to the end of the epoch under way, from wherever in it the run stands."""
@@ -153,14 +167,16 @@ class Trainer:
 
     def poll(self, request: int = 0) -> int:
         """Exchange wishes with the other ranks; a stop that any of them was asked for is carried out here."""
-        agreed = self.agreement.poll(STOP if self.stop.received else request)
-        if agreed == STOP:
+        wish = REQUEUE if self.stop.requeue else STOP if self.stop.received else request
+        agreed = self.agreement.poll(wish)
+        if agreed >= STOP:
             self.agreement.finish()
             self.save()
             self.checkpoints.wait()
             part()
             raise Preempted(
-                f"stopped after step {self.step}; the state is saved: run the same command again to continue"
+                f"stopped after step {self.step}; the state is saved: run the same command again to continue",
+                requeue=agreed == REQUEUE,
             )
         return agreed
 
@@ -223,6 +239,12 @@ class Trainer:
         set_rng_state(state["rng"], self.world)
         self.step, self.closed = state["step"], state["closed"]
         self.best, self.metrics = state["best"], state["metrics"]
+
+    def report_left_out(self) -> None:
+        """Say how many files the ranks met that could not be read (data.on_error=skip). A collective call."""
+        left_out = set().union(*gather_objects(set(self.train_loader.skipped)))
+        if left_out and self.world.is_main:
+            log.warning("%d files do not decode: training left them out", len(left_out))
 
     def summary(self) -> dict[str, Any]:
         return {

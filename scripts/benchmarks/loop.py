@@ -31,11 +31,26 @@ WARM_UP = 3
 LR, SMOOTHING = 1e-3, 0.1
 
 
-class AlternatingLoader:
+class OneBatch:
+    """A loader of one batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.skipped: dict[str, str] = {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter([self.batch])
+
+    def close(self) -> None:
+        pass
+
+
+class AlternatingLoader(OneBatch):
     """The trainer's loader protocol, around a bare step; `block` steps of either side make one sample."""
 
     def __init__(self, batch: Batch, bare_step: Callable[[], object], steps: int, block: int, device: str) -> None:
-        self.batch, self.bare_step, self.block, self.device = batch, bare_step, block, device
+        super().__init__(batch)
+        self.bare_step, self.block, self.device = bare_step, block, device
         self.steps_per_epoch = steps
         self.samples: timing.Samples = {"trainer": [], "bare loop": []}
         self.handed_out = 0
@@ -106,7 +121,7 @@ def measure(name: str, side: int, batch_size: int, args: argparse.Namespace) -> 
         run_folder = RunFolder(Path(folder) / "run", world)
         run_folder.open()
         trainer = Trainer(
-            model, Classification(SMOOTHING), make_optimizer(model), cosine(LR, steps), loader, [batch],
+            model, Classification(SMOOTHING), make_optimizer(model), cosine(LR, steps), loader, OneBatch(batch),
             train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world,
             run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip
