@@ -15,6 +15,7 @@ from involution.engine.checkpoint import CheckpointFolder, State, mismatch, read
 from involution.engine.config import DataConfig, TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
+from involution.engine.finetune import freeze, start_from
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
@@ -23,7 +24,10 @@ from involution.engine.trainer import Trainer
 
 log = logging.getLogger("involution")
 # another value of one of these makes it another run
-DEFINING = ("model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "optimizer._target_")
+DEFINING = (
+    "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
+    "optimizer._target_",
+)  # fmt: skip
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -51,7 +55,11 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         _check_same_run(state, plain, splits.train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
-    model: torch.nn.Module = create_model(**config.model)
+    model: Any = create_model(**config.model)
+    if config.checkpoint is not None and state is None:
+        start_from(model, config.checkpoint, config.data)
+    if o.freeze is not None:
+        freeze(model, o.freeze)
     if world.is_main:
         run.describe(plain, world)
         log.info(
@@ -111,6 +119,8 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
     """Refuse to continue a run as another one; report what else has changed."""
     changed = differences(state["config"], now)
     fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
+    if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
+        fatal["checkpoint"] = changed["checkpoint"]
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
         with torch.device("meta"):

@@ -44,6 +44,7 @@ class TrainConfig:
 
     name: str = MISSING
     output_root: str = MISSING
+    checkpoint: str | None = MISSING
     seed: int = MISSING
     deterministic: bool = MISSING
     device: str = MISSING

@@ -1,6 +1,7 @@
 """The trainer's own options: the `train` node of the configuration, explained in conf/train.yaml."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -18,6 +19,7 @@ class TrainOptions:
     clip_grad_norm: float | None = MISSING
     ema_decay: float | None = MISSING
     exclude_from_decay: str = MISSING
+    freeze: Any = MISSING  # a number or a list of names
     resume: str = MISSING
     max_steps: int | None = MISSING
     max_bad_steps: int = MISSING

@@ -107,8 +107,8 @@ def _as_dict(prediction: Prediction) -> dict[str, Any]:
 def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
     """What is to be written, refused here when it cannot be, before anything is computed."""
     found: list[tuple[Path, Writer]] = []
-    writers: dict[str, Writer]
-    for key, writers in (("output", {".csv": _write_csv, ".json": _write_json}),):
+    by_ending: dict[str, dict[str, Writer]] = {"output": {".csv": _write_csv, ".json": _write_json}}
+    for key, writers in by_ending.items():
         name = getattr(config, key)
         if name is None:
             continue

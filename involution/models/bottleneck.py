@@ -5,14 +5,18 @@ Channels after them:                64             64             256          5
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from involution.checks import check_positive
+from involution.checks import check_positive, unknown_name
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
+PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 
 #: (channels, stride, dilation) -> the layer between a block's two 1x1 convolutions
 SpatialLayer = Callable[[int, int, int], nn.Module]
@@ -88,6 +92,7 @@ class BottleneckNetwork(nn.Module):
         zero_init_residual: bool = True,
     ) -> None:
         super().__init__()
+        self.frozen: tuple[str, ...] = ()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride!r}; it should be 8, 16 or 32")
         self.stem = stem
@@ -121,6 +126,34 @@ class BottleneckNetwork(nn.Module):
             nn.init.normal_(fc.weight, std=0.01)
             nn.init.zeros_(fc.bias)
             self.fc = fc
+
+    def freeze(self, stages: int | Sequence[str]) -> None:
+        """Leave a part as it is while the rest trains: no gradients, BatchNorm in evaluation mode throughout.
+
+        Args:
+            stages: names among "stem", "layer1", ..., "layer4", "fc"; or a number n from 0 to 4, for the stem and the
+                first n layers, as detectors count (the paper's have n = 1).
+
+        Raises:
+            ValueError: for another name or number.
+        """
+        if isinstance(stages, int):
+            if isinstance(stages, bool) or not 0 <= stages <= 4:
+                raise ValueError(f"freeze is {stages!r}; it should be a number from 0 to 4 or a list of names")
+            stages = PARTS[: stages + 1]
+        for name in stages:
+            if name not in PARTS:
+                raise ValueError(unknown_name("part to freeze", str(name), PARTS))
+            getattr(self, name).requires_grad_(False)
+        self.frozen = tuple(stages)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Self":
+        """Training or evaluation mode, for what is not frozen."""
+        super().train(mode)
+        for name in self.frozen:
+            getattr(self, name).eval()
+        return self
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         """As the released code: Kaiming normal (fan out) for every convolution, those of the generators included."""

@@ -1,0 +1,66 @@
+"""Starting from trained weights, with a part of the model left as it is."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from involution.engine.config import DataConfig, differences
+from involution.engine.errors import UserError
+from involution.loading import open_checkpoint
+from involution.models import BottleneckNetwork
+from involution.weights import describe, load_into
+
+log = logging.getLogger("involution")
+
+
+def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig) -> None:
+    """Load a checkpoint's weights into a fresh model; a classifier for another number of classes stays fresh.
+
+    Raises:
+        ValueError: the file cannot be used, or is of another model; the message has the differing keys and options.
+    """
+    model_there, names, data_there = open_checkpoint(checkpoint)
+    weights = model_there.state_dict()
+    log.info("starting from the weights of %s", checkpoint)
+    try:
+        load_into(model, weights)  # says so where the classifier starts afresh
+    except ValueError as error:
+        raise UserError(f"checkpoint={checkpoint}: {error}{_advice(weights, model.state_dict())}") from error
+    if model.num_classes == model_there.num_classes:
+        classes = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+        log.info("the classifier for %d classes is kept%s", model.num_classes, classes)
+    for key in ("mean", "std"):
+        if key in data_there and list(data_there[key]) != list(getattr(data, key)):
+            log.warning("it was trained with data.%s=%s, here it is %s", key, data_there[key], getattr(data, key))
+
+
+def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
+    """The options in which the checkpoint's model differs, as they would be given."""
+    models: list[dict[str, Any]] = []
+    for weights in (there, here):
+        try:
+            name, options = describe(weights)
+        except ValueError:
+            return ""
+        models.append({"model": name} | {f"model.{key}": value for key, value in options.items()})
+    differing = differences(models[0], models[1]).keys() & models[0].keys() - {"model.num_classes"}
+    wanted = [f"{key}={'null' if value is None else value}" for key, value in models[0].items() if key in differing]
+    return f". It was trained with {' '.join(wanted)}" if wanted else ""
+
+
+def freeze(model: BottleneckNetwork, stages: int | str | Sequence[str]) -> None:
+    """Freeze `train.freeze` in the model.
+
+    Raises:
+        UserError: for a part that does not exist, or when nothing is left to train.
+    """
+    try:
+        model.freeze([stages] if isinstance(stages, str) else stages)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"train.freeze={stages}: {error}") from error
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if not left:
+        raise UserError(f"train.freeze={stages} leaves nothing to train")
+    log.info("frozen: %s; %.2f M parameters train", ", ".join(model.frozen), left / 1e6)

@@ -1,0 +1,144 @@
+"""Starting from weights: `train.py checkpoint=...`, with a new classifier, frozen parts, and a restart that resumes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from programs import finish, in_process, start
+from reliability import command, kill, outcome, saved_step, wait_until, write_images
+
+import involution
+from involution.engine.checkpoint import read
+from involution.export import save_safetensors
+from involution.weights import to_released
+
+# the settings of reliability.py, where a course can be killed, under the recipe
+TUNE = ["recipe=finetune", "data.loader=torch", "model.kernel_size=3", "train.freeze=1", "train.epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """Three classes."""
+    return write_images(tmp_path_factory.mktemp("images") / "blobs")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """Weights alone, released layout, of five classes."""
+    torch.manual_seed(0)
+    model = involution.create_model("rednet26", num_classes=5, kernel_size=3)
+    for name, value in model.named_buffers():  # statistics as of a trained model
+        if name.endswith("running_mean"):
+            value.normal_(std=0.1)
+    path = tmp_path_factory.mktemp("weights") / "released.pth"
+    torch.save({"state_dict": to_released(model.state_dict())}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tuned(images, weights, tmp_path_factory) -> Path:
+    """A run from the weights, stem and first stage frozen, that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "tuned"
+    finished = finish(start(command(run, images, *TUNE, f"checkpoint={weights}")))
+    assert finished.status == 0, finished.stderr
+    assert "starting from the weights" in finished.stderr
+    assert "the weights have no classifier for 3 classes: it starts afresh" in finished.stderr
+    assert "frozen: stem, layer1" in finished.stderr
+    return run
+
+
+def test_what_is_frozen_keeps_every_bit_and_the_rest_learns(tuned, weights):
+    state = read(tuned / "checkpoints" / "last.pt")
+    before = involution.load(weights).model.state_dict()
+    assert state["model"]["fc.weight"].shape == (3, 2048)
+    frozen = [key for key in before if key.startswith(("stem.", "layer1."))]
+    assert any("running_mean" in key for key in frozen)
+    assert all(torch.equal(state["model"][key], before[key]) for key in frozen), "statistics included"
+    learning = [key for key in before if not key.startswith(("stem.", "layer1.", "fc."))]
+    assert all(not torch.equal(state["model"][key], before[key]) for key in learning if "num_batches" not in key)
+    trained = [key for key, _ in involution.load(tuned).model.named_parameters() if key not in frozen]
+    assert sum(len(group["params"]) for group in state["optimizer"]["param_groups"]) == len(trained)
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_without_the_weights_it_ends_bit_equal(tuned, images, weights, tmp_path):
+    moved = tmp_path / weights.name
+    moved.write_bytes(weights.read_bytes())
+    words = command(tmp_path / "run", images, *TUNE, f"checkpoint={moved}", "train.checkpoint_every_minutes=0")
+    process = start(words)
+    wait_until(lambda: saved_step(tmp_path / "run") >= 2, process)
+    kill(process)
+    moved.unlink()  # the run's own state wins, so they are not even read
+    finished = finish(start(words))
+    assert finished.status == 0, finished.stderr
+    assert "going on from" in finished.stderr
+    assert outcome(tmp_path / "run") == outcome(tuned)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_path):
+    saved = yaml.safe_load((tuned / "config.yaml").read_text())["checkpoint"]
+    program, *arguments = command(tuned, images, *TUNE, "checkpoint=other.pth")[1:]
+    finished = in_process(program, *arguments)
+    assert finished.status == 2
+    assert f"checkpoint was {saved}, is other.pth" in finished.stderr
+    assert "name=" in finished.stderr
+
+
+def test_a_run_or_safetensors_of_as_many_classes_keep_their_classifier(tuned, images, tmp_path):
+    loaded = involution.load(tuned)
+    save_safetensors(loaded.model, tmp_path, loaded.class_names)
+    short = ["train.max_steps=1", "train.freeze=[stem,layer1,layer2,layer3,layer4]", "optimizer.lr=0"]
+    for name, checkpoint in (("a", tuned), ("b", tmp_path / "model.safetensors")):
+        program, *arguments = command(tmp_path / name, images, *TUNE, *short, f"checkpoint={checkpoint}")[1:]
+        finished = in_process(program, *arguments)
+        assert finished.status == 0, finished.stderr
+        assert "the classifier for 3 classes is kept (a, b, c)" in finished.stderr
+        state = read(tmp_path / name / "checkpoints" / "last.pt")
+        assert torch.equal(state["model"]["fc.weight"], loaded.model.fc.weight)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (
+            ["model.kernel_size=7", "checkpoint={weights}"],
+            [
+                "layer1.0.conv2.kernel_generation.span.weight (36, 16, 1, 1) instead of (196, 16, 1, 1)",
+                "It was trained with model.kernel_size=3",
+            ],
+        ),
+        (
+            ["model=resnet26", "checkpoint={weights}"],
+            ["unexpected: ", "It was trained with model=rednet26 model.stem=involution"],
+        ),
+        (["checkpoint=nowhere.pth"], ["there is no checkpoint nowhere.pth"]),
+        (["checkpoint=README.md"], ["README.md cannot be read"]),
+        (["checkpoint={weights}", "train.freeze=5"], ["train.freeze=5", "from 0 to 4"]),
+        (["checkpoint={weights}", "train.freeze=[layer9]"], ["did you mean 'layer"]),
+        (["train.freeze=[stem,layer1,layer2,layer3,layer4,fc]"], ["leaves nothing to train"]),
+    ],
+)
+def test_what_cannot_start_says_why(images, weights, tmp_path, arguments, messages):
+    arguments = [argument.format(weights=weights) for argument in arguments]
+    settings = [word for word in TUNE if "kernel_size" not in word or "model=resnet26" not in arguments]
+    program, *rest = command(tmp_path / "run", images, *settings, *arguments)[1:]
+    finished = in_process(program, *rest)
+    assert finished.status == 2, finished.stderr
+    assert all(message in finished.stderr for message in messages), finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+def test_frozen_parts_of_a_model():
+    model = involution.create_model("rednet26", num_classes=2)
+    model.freeze(0)
+    assert model.frozen == ("stem",)
+    model.train()
+    assert not any(module.training for module in model.stem.modules())
+    assert model.layer1.training
+    assert not any(parameter.requires_grad for parameter in model.stem.parameters())
+    model.freeze(["layer4"])
+    assert not model.layer4.training
+    for wrong in (True, -1, 5, ["head"]):
+        with pytest.raises(ValueError, match="freeze"):
+            model.freeze(wrong)
