@@ -82,7 +82,7 @@ def train_loader(
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
     transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip)
     settings = _settings(images, transform, mean, std, dtype, device, workers, decoder)
-    return TrainLoader(_backend(loader, settings), images, plan, seed, on_error)
+    return TrainLoader(_backend(loader, settings), settings, plan, seed, on_error)
 
 
 def eval_loader(
@@ -115,7 +115,7 @@ def eval_loader(
         raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size} and {len(images)} images do not work")
     settings = _settings(images, EvalTransform(val_resize, val_size), mean, std, dtype, device, workers, decoder)
     requests = eval_batches(len(images), batch_size, rank, world_size)
-    return EvalLoader(_backend(loader, settings), images, requests, on_error)
+    return EvalLoader(_backend(loader, settings), settings, requests, on_error)
 
 
 def _settings(images, transform, mean, std, dtype, device, workers, decoder) -> Settings:  # type: ignore[no-untyped-def]

@@ -1,8 +1,9 @@
-"""The DALI loader: decoding, cropping, resizing and normalising in native threads or on the GPU.
+"""The DALI loader: native threads decode nothing but the window that a crop needs, or a GPU decodes and resizes.
 
 Order, windows and flips come from the same pure functions as in the torch loader. Python reads the encoded files in
 threads ahead of the pipeline and looks at their headers: what is not a plain JPEG or PNG takes the way through Pillow
-and enters the pipeline as an uncompressed picture, so that every file is decoded as Pillow does it, or is named.
+and enters the pipeline as an uncompressed picture, so that every file is decoded as Pillow does it, or is named. On the
+CPU the same function as in the torch loader resizes and flips: the two loaders' pictures are equal to the last bit.
 
 Shapes: b images a batch, 3 channels, S pixels a side.
 """
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
-from PIL import Image
 
 from data.decode import BadImageError, decode, plain_size
-from data.loader import Batch, Loaded, Settings, arrange
+from data.loader import Loaded, Settings, arrange
 from data.sampling import MicroBatch
+from data.transforms import cut
 
 QUEUE = 4  # batches DALI prepares ahead: 18 % faster than 2 on a busy 2-core machine
 READERS = 8  # threads that read files
@@ -29,12 +30,16 @@ _DEVICE_PADDING, _HOST_PADDING = 211025920, 140544512  # nvJPEG buffers for Imag
 
 
 class _Row(NamedTuple):
-    """A sample as the pipeline takes it: encoded bytes, window to decode, box in it to resize, flip."""
+    """A sample as the pipeline takes it: encoded bytes and the window to decode; then what to do with the window.
+
+    DALI resizes `box` in it and flips it where `mirror` is true; on the CPU `draw` decides, if it is not None.
+    """
 
     data: np.ndarray
     window: tuple[int, int, int, int]
     box: tuple[float, float, float, float]
     mirror: bool
+    draw: list[float] | None
 
 
 class _Work(NamedTuple):
@@ -45,17 +50,20 @@ class _Work(NamedTuple):
     rows: list[Future[list[_Row | BadImageError]]]
 
 
-def _raw(picture: Image.Image) -> np.ndarray:
-    """A picture as PPM, which DALI reads back exactly and without work."""
-    header = b"P6 %d %d 255\n" % picture.size
-    return np.frombuffer(header + picture.tobytes(), np.uint8)
+def _ready(picture: torch.Tensor) -> _Row:
+    """A row for a picture (S, S, 3) that needs nothing more: as PPM, which DALI reads back exactly and without work."""
+    height, width, _ = picture.shape
+    data = b"P6 %d %d 255\n" % (width, height) + picture.numpy().tobytes()
+    box = (0.0, 0.0, float(height), float(width))
+    return _Row(np.frombuffer(data, np.uint8), (0, 0, height, width), box, False, None)
 
 
 class DaliBackend:
-    """See data.loader.Backend."""
+    """See data.loader.Backend. `resize` lets DALI resize and flip, which pays on a GPU only."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, resize: bool | None = None) -> None:
         self.settings = settings
+        self.resize = settings.device.type == "cuda" if resize is None else resize
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="image-reader")
 
     def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
@@ -91,17 +99,17 @@ class DaliBackend:
         try:
             data = images.read(index)
             shape = None if pillow else plain_size(data)
-            if shape is not None and transform.same_in_dali(*shape):
-                return _Row(np.frombuffer(data, np.uint8), *transform.region(draw, *shape), transform.mirror(draw))
-            return _finished(transform.apply(decode(data, images.paths[index]), draw, size))
+            if shape is not None and (not self.resize or transform.same_in_dali(*shape)):
+                region = transform.region(draw, *shape)
+                return _Row(np.frombuffer(data, np.uint8), *region, transform.mirror(draw), draw)
+            return _ready(transform.finish(cut(decode(data, images.paths[index]), transform, draw), draw, size))
         except BadImageError as error:
             return error
 
     def pipeline(self, source: Iterator[tuple[Any, ...]], batch_size: int) -> Pipeline:
-        """Encoded files and windows -> normalised pictures (b, S, S, 3)."""
+        """Encoded files and windows -> windows (h, w, 3), or finished pictures (S, S, 3)."""
         settings = self.settings
         gpu = settings.device.type == "cuda"
-        half = settings.dtype == torch.float16
         mixed = gpu and settings.decoder == "mixed"
         hints: Any = {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING} if mixed else {}
         pipe = Pipeline(
@@ -112,9 +120,8 @@ class DaliBackend:
         )
         with pipe:
             pixels: Any
-            data, start, shape, low, high, size, mirror = fn.external_source(
-                source, num_outputs=7, no_copy=not gpu
-            )  # a copy costs 3 %; on a GPU work may still be queued when a batch is handed out
+            # a copy costs 3 %; on a GPU work may still be queued when a batch is handed out
+            data, start, shape, *rest = fn.external_source(source, num_outputs=7 if self.resize else 3, no_copy=not gpu)
             pixels = fn.decoders.image_slice(
                 data,
                 device="mixed" if mixed else "cpu",
@@ -125,32 +132,31 @@ class DaliBackend:
                 adjust_orientation=False,  # Pillow's convert does not apply Exif either
                 **hints,
             )
-            pixels = fn.resize(
-                pixels,
-                size=size,
-                roi_start=low,
-                roi_end=high,
-                interp_type=types.DALIInterpType.INTERP_LINEAR,
-                antialias=True,
-                subpixel_scale=False,
-            )
-            pixels = fn.crop_mirror_normalize(
-                pixels.gpu() if gpu else pixels,  # in 8 bits: a quarter of the bytes over the bus
-                mirror=mirror,
-                mean=[255 * value for value in settings.mean],
-                std=[255 * value for value in settings.std],
-                dtype=types.DALIDataType.FLOAT16 if half else types.DALIDataType.FLOAT,
-                output_layout="HWC",
-            )
+            if self.resize:
+                low, high, size, mirror = rest
+                pixels = fn.resize(
+                    pixels,
+                    size=size,
+                    roi_start=low,
+                    roi_end=high,
+                    interp_type=types.DALIInterpType.INTERP_LINEAR,
+                    antialias=True,
+                    subpixel_scale=False,
+                )
+                pixels = fn.flip(pixels.gpu() if gpu else pixels, horizontal=mirror)
             pipe.set_outputs(pixels)
         pipe.build()
         return pipe
 
-
-def _finished(picture: Image.Image) -> _Row:
-    """A row for a picture that is cropped, resized and flipped already."""
-    height, width = picture.height, picture.width
-    return _Row(_raw(picture), (0, 0, height, width), (0.0, 0.0, float(height), float(width)), False)
+    def finish(self, windows: Any, draws: list[list[float] | None], size: int) -> torch.Tensor:
+        """The pipeline's output -> pictures (b, S, S, 3)."""
+        if self.resize:
+            return torch.from_dlpack(windows.as_tensor())  # no copy
+        pictures = torch.empty(len(draws), size, size, 3, dtype=torch.uint8)
+        for picture, window, draw in zip(pictures, windows, draws, strict=True):
+            window = torch.from_dlpack(window)
+            picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
+        return pictures
 
 
 class _Running(NamedTuple):
@@ -158,6 +164,8 @@ class _Running(NamedTuple):
 
     work: _Work
     inputs: tuple[Any, ...]
+    draws: list[list[float] | None]
+    size: int
     targets: np.ndarray
     valid: int
     bad: list[BadImageError]
@@ -186,13 +194,12 @@ class _Run:
         while True:
             try:
                 # on the stream that will read the batch: its memory is not reused before that stream is done with it
-                (pixels,) = pipe.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+                (windows,) = pipe.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
             except StopIteration:
                 return
-            images = torch.from_dlpack(pixels.as_tensor()).permute(0, 3, 1, 2)  # no copy: channels_last
             done = self._running.popleft()
-            targets = torch.from_numpy(done.targets.astype(np.int64))
-            yield Loaded(Batch(images.to(self.settings.dtype), targets, done.valid), done.bad)
+            pictures = self.backend.finish(windows, done.draws, done.size)
+            yield Loaded(pictures, torch.from_numpy(done.targets.astype(np.int64)), done.valid, done.bad)
 
     def _refill(self) -> None:
         for request, pillow in itertools.islice(self.source, max(0, 2 - len(self._reading))):
@@ -207,14 +214,15 @@ class _Run:
             request, transform = work.request, self.settings.transform
             size = transform.size_at(request.epoch)
             bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
-            blank = _finished(Image.new("RGB", (size, size)))
+            blank = _ready(torch.zeros(size, size, 3, dtype=torch.uint8))
             targets = self.settings.images.targets[request.indices]
             good, targets, valid = arrange(rows, targets, request.valid, blank)
             self._refill()
-            start, shape = (np.array([row.window[i : i + 2] for row in good], np.int32) for i in (0, 2))
-            low, high = (np.array([row.box[i : i + 2] for row in good], np.float32) for i in (0, 2))
-            sizes = np.full((len(good), 2), size, np.float32)
-            mirror = np.array([row.mirror for row in good], np.int32)
-            inputs = ([row.data for row in good], start, shape, low, high, sizes, mirror)
-            self._running.append(_Running(work, inputs, targets, valid, bad))
+            window = np.array([row.window for row in good], np.int32)
+            inputs: tuple[Any, ...] = ([row.data for row in good], window[:, :2].copy(), window[:, 2:].copy())
+            if self.backend.resize:
+                box = np.array([row.box for row in good], np.float32)
+                mirror = np.array([row.mirror for row in good], np.int32)
+                inputs += (box[:, :2].copy(), box[:, 2:].copy(), np.full((len(good), 2), size, np.float32), mirror)
+            self._running.append(_Running(work, inputs, [row.draw for row in good], size, targets, valid, bad))
             yield inputs

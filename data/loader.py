@@ -15,7 +15,7 @@ from data import sampling
 from data.decode import BadImageError
 from data.image_list import ImageList
 from data.sampling import MicroBatch, Plan
-from data.transforms import Transform
+from data.transforms import Transform, normalise
 
 log = logging.getLogger("involution.data")
 
@@ -31,9 +31,11 @@ class Batch(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A batch and the files in it that could not be read."""
+    """A batch in 8 bits, pictures (b, S, S, 3) on the device and targets (b,), and its files that could not be read."""
 
-    batch: Batch
+    pictures: torch.Tensor
+    targets: torch.Tensor
+    valid: int
     bad: list[BadImageError]
 
 
@@ -78,7 +80,7 @@ def arrange(
 @dataclass
 class _Loader:
     backend: Backend
-    images: ImageList
+    settings: Settings
     on_error: str
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -88,7 +90,7 @@ class _Loader:
 
     @property
     def dataset(self) -> ImageList:
-        return self.images
+        return self.settings.images
 
     def _accept(self, loaded: Loaded) -> Batch:
         """The batch, after bad files were raised (on_error="stop") or noted in `skipped` {path: reason}."""
@@ -98,7 +100,8 @@ class _Loader:
             if error.path not in self.skipped:
                 self.skipped[error.path] = error.reason
                 log.warning("left out %r: %s (%d files so far)", error.path, error.reason, len(self.skipped))
-        return loaded.batch
+        s = self.settings
+        return Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
 
     def close(self) -> None:
         """Stops workers and threads. The loader must not be used afterwards."""
@@ -111,8 +114,8 @@ class TrainLoader(_Loader):
     It is its own iterator: going on after an evaluation or an epoch keeps what was prefetched.
     """
 
-    def __init__(self, backend: Backend, images: ImageList, plan: Plan, seed: int, on_error: str) -> None:
-        super().__init__(backend, images, on_error)
+    def __init__(self, backend: Backend, settings: Settings, plan: Plan, seed: int, on_error: str) -> None:
+        super().__init__(backend, settings, on_error)
         self.plan, self.seed = plan, seed
         self.epoch = self.batch = 0
         self._stream: Iterator[Loaded] | None = None
@@ -164,8 +167,8 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """This rank's share of an evaluation: equally many batches on every rank, every image once over all ranks."""
 
-    def __init__(self, backend: Backend, images: ImageList, requests: list[MicroBatch], on_error: str) -> None:
-        super().__init__(backend, images, on_error)
+    def __init__(self, backend: Backend, settings: Settings, requests: list[MicroBatch], on_error: str) -> None:
+        super().__init__(backend, settings, on_error)
         self.requests = requests
 
     def __len__(self) -> int:
