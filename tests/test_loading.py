@@ -149,8 +149,12 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
     assert f"{photos}/a.png\n  {100 * expected[0][1]:5.1f} %  {expected[0][0]}\n" in finished.stdout
     assert json.loads((tmp_path / "p.json").read_text()) == finished.result["predictions"]
 
-    finished = in_process("eval.py", f"checkpoint={run}", f'images=["{photos}/a.png"]', f"output={tmp_path}/p.csv")
+    outputs = (f"output={tmp_path}/p.csv", f"contact_sheet={tmp_path}/p.png")
+    finished = in_process("eval.py", f"checkpoint={run}", f'images=["{photos}/a.png"]', *outputs)
     assert finished.status == 0, finished.stderr
+    with Image.open(tmp_path / "p.png") as sheet:
+        assert sheet.size[0] == 1800
+        assert len(sheet.convert("RGB").getcolors(10**6) or []) > 100
     with open(tmp_path / "p.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["class"] for row in rows] == [name for name, _ in expected]
@@ -166,6 +170,8 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
         (["images=[]"], "images is an empty list"),
         (['images="{photos}"', "output=p.xls"], "output is p.xls; it should end with .csv or .json"),
         (['images="{photos}"', "output=/nowhere/p.csv"], "there is no folder /nowhere"),
+        (['images="{photos}"', "contact_sheet=p.jpg"], "contact_sheet is p.jpg; it should end with .png or .pdf"),
+        (['images="{photos}"', "contact_sheet={run}/p.png", "layer=conv9_9"], "there is no involution layer conv9_9"),
         (["images=my photo (1).jpg"], "needs quotes of its own"),
     ],
 )

@@ -67,6 +67,8 @@ class EvalConfig:
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
     images: Any = MISSING  # a path or a list of paths
     output: str | None = MISSING
+    contact_sheet: str | None = MISSING
+    layer: str | None = MISSING
 
 
 CHOICES = {

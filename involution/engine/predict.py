@@ -1,8 +1,11 @@
 """`eval.py images=...`: the likeliest classes of the user's own pictures."""
 
 import csv
+import importlib.util
 import json
+import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,11 @@ from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
 from involution.engine.load import PREPARATION, given
 from involution.loading import Classifier, load
+from involution.visualize import find_layer, heat_map_picture, kernel_heat_maps
 
+log = logging.getLogger("involution")
 TOP = 5
+SHEET = 50  # pictures on a contact sheet; each takes 260 pixels of its height
 Prediction = tuple[Path, list[tuple[str, float]]]  # file; classes and their probabilities, the likeliest first
 Writer = Callable[[Path, list[Prediction], Classifier], None]
 
@@ -33,6 +39,8 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     outputs = _outputs(config)
     told = {k: config.data[k] for k in PREPARATION if k != "train_size" and f"data.{k}" in given(overrides)}
     classifier = load(config.checkpoint, device, **told)
+    if config.contact_sheet is not None and find_layer(classifier.model, config.layer) is None:
+        raise UserError(f"contact_sheet: {config.checkpoint} has no involutions, hence no kernels to show")
     predictions: list[Prediction] = []
     for start in range(0, len(paths), config.batch_size):
         batch = paths[start : start + config.batch_size]
@@ -107,7 +115,11 @@ def _as_dict(prediction: Prediction) -> dict[str, Any]:
 def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
     """What is to be written, refused here when it cannot be, before anything is computed."""
     found: list[tuple[Path, Writer]] = []
-    by_ending: dict[str, dict[str, Writer]] = {"output": {".csv": _write_csv, ".json": _write_json}}
+    draw = partial(_draw, layer=config.layer)
+    by_ending: dict[str, dict[str, Writer]] = {
+        "output": {".csv": _write_csv, ".json": _write_json},
+        "contact_sheet": {".png": draw, ".pdf": draw},
+    }
     for key, writers in by_ending.items():
         name = getattr(config, key)
         if name is None:
@@ -118,6 +130,8 @@ def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
         if not path.absolute().parent.is_dir():
             raise UserError(f"{key}: there is no folder {path.parent} to write {path.name} to")
         found.append((path, writers[path.suffix]))
+    if config.contact_sheet is not None and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("a contact sheet needs matplotlib: pip install matplotlib")
     return found
 
 
@@ -132,3 +146,25 @@ def _write_csv(path: Path, predictions: list[Prediction], classifier: Classifier
 
 def _write_json(path: Path, predictions: list[Prediction], classifier: Classifier) -> None:
     path.write_text(json.dumps([_as_dict(prediction) for prediction in predictions], indent=2) + "\n")
+
+
+def _draw(path: Path, predictions: list[Prediction], classifier: Classifier, layer: str | None) -> None:
+    """A row for every picture, as the model sees it, beside the heat maps of its involution kernels (Figure 3)."""
+    from matplotlib.figure import Figure
+
+    if len(predictions) > SHEET:
+        log.warning("the contact sheet shows the first %d of %d pictures", SHEET, len(predictions))
+        predictions = predictions[:SHEET]
+    device = next(classifier.model.parameters()).device
+    normalise: Any = classifier.transform.transforms[-1]  # type: ignore[attr-defined]
+    figure = Figure(figsize=(12, 1.75 * len(predictions) + 0.3), layout="constrained")
+    name = find_layer(classifier.model, layer)
+    figure.suptitle(f"sums of the kernels of {name}, one map a group; blue is low, red high", fontsize=9)
+    for axes, (image, classes) in zip(figure.subplots(len(predictions), squeeze=False)[:, 0], predictions, strict=True):
+        pixels = classifier.transform(open_picture(image))[None].to(device)
+        maps = kernel_heat_maps(classifier.model, pixels, layer)
+        axes.imshow(heat_map_picture(pixels, maps, normalise.mean, normalise.std).permute(1, 2, 0).cpu().numpy())
+        likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in classes[:3])
+        axes.set_title(f"{image.name}: {likeliest}", fontsize=8, loc="left", parse_math=False)
+        axes.set_axis_off()
+    figure.savefig(path, dpi=150)
