@@ -39,8 +39,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     o = config.train
     if o.sync_batchnorm and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
-    with torch.device("meta"):
-        create_model(**config.model | {"num_classes": 1})  # refuses wrong options before any data is read
+    check_model(config.model)
     splits = data.open_dataset(config.data.name, config.data.root, config.data.exclude)
     config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
     plain = dataclasses.asdict(config)
@@ -88,6 +87,16 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if world.is_main:
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def check_model(options: dict[str, Any]) -> None:
+    """Refuse wrong options before any data is read.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    with torch.device("meta"):
+        create_model(**options | {"num_classes": 1})
 
 
 def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import gc
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
+from involution.engine import signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
@@ -35,20 +38,37 @@ class _Leave(BaseException):
         self.error = error
 
 
-def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
-    """What `hydra.main` calls: outside a sweep, errors with a message of their own go straight to `run`."""
+def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None]:
+    """What `hydra.main` calls. A job of a sweep says why it failed; a single run's errors go straight to `run`."""
 
     @functools.wraps(main)
-    def quiet(config: DictConfig) -> None:
+    def quiet(config: DictConfig) -> str | None:
+        in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
+            _refuse_study_alone(in_sweep)
             main(config)
-        except (UserError, Stopped, BadImageError) as error:
+        except Exception as error:
             _remove_unused_folder()
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise
-            raise _Leave(error) from error
+            if not in_sweep:
+                raise _Leave(error) from error
+            _, message = _outcome(error)
+            log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, message)
+            return message.strip().splitlines()[-1]
+        finally:
+            if in_sweep:  # the next job needs the memory
+                gc.collect()
+                torch.cuda.empty_cache()
+        return None
 
     return quiet
+
+
+def _refuse_study_alone(in_sweep: bool) -> None:
+    study = HydraConfig.get().runtime.choices.get("ablation")
+    if study is not None and not in_sweep:
+        raise UserError(
+            f"ablation={study} is a sweep of several runs: start it with -m, python train.py -m ablation={study}"
+        )
 
 
 def _remove_unused_folder() -> None:
@@ -62,7 +82,7 @@ def _remove_unused_folder() -> None:
 def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     """Run a program that `hydra.main` wraps, and leave with the exit status of its outcome (see errors.py)."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of Hydra's own message and exit status 1
-    status, message = EXIT_ERROR, ""
+    status, message, requeue = EXIT_ERROR, "", False
     try:
         try:
             _refuse_sweep_on_every_rank()
@@ -70,19 +90,27 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
         except _Leave as carrier:
             raise carrier.error from None
         status = 0
-    except (UserError, BadImageError) as error:
-        status, message = EXIT_USAGE, str(error)
     except HydraException as error:
         status, message = EXIT_USAGE, _explain(error, config_dir, config_name)
     except Preempted as stopped:
-        status, message = EXIT_PREEMPTED, str(stopped)
-    except Stopped as stopped:
-        message = str(stopped)
+        status, message, requeue = EXIT_PREEMPTED, str(stopped), stopped.requeue
     except KeyboardInterrupt:
         message = "interrupted"
     except Exception as error:
-        message = f"{error}: make room and run again" if _disk_is_full(error) else traceback.format_exc()
-    _exit(_report(status, message) if message else status)
+        status, message = _outcome(error)
+    status = _report(status, message) if message else status
+    _exit(signals.requeue() if requeue else status)
+
+
+def _outcome(error: Exception) -> tuple[int, str]:
+    """The exit status for an error, and what to say."""
+    if isinstance(error, UserError | BadImageError):
+        return EXIT_USAGE, str(error)
+    if isinstance(error, Stopped):
+        return EXIT_ERROR, str(error)
+    if _disk_is_full(error):
+        return EXIT_ERROR, f"{error}: make room and run again"
+    return EXIT_ERROR, "".join(traceback.format_exception(error))
 
 
 def _disk_is_full(error: Exception) -> bool:
@@ -127,10 +155,12 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def _refuse_sweep_on_every_rank() -> None:
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and {"-m", "--multirun"} & set(sys.argv):
+    ranks = max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+    if ranks > 1 and {"-m", "--multirun"} & set(sys.argv):
         raise UserError(
-            "torchrun with -m would run the whole sweep once on every rank. Start the sweep with plain "
-            "`python train.py -m ...` (one process a job), or start each job of it with torchrun"
+            "torchrun or srun with -m would run the whole sweep once on every rank. Start it as one process, "
+            "`python train.py -m ...`, and let a launcher give each job its ranks: hydra/launcher=submitit_local on "
+            "this machine, hydra/launcher=slurm in SLURM's queue"
         )
 
 
@@ -144,7 +174,11 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
         )
     if key := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
-    if option := re.search(r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*)", text, re.DOTALL):
+    if option := re.search(
+        r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)(?:\s+Config search path|$)",
+        text,
+        re.DOTALL,
+    ):
         group, _, name = option[1].rpartition("/")
         known = [known for known in option[3].split() if not known.startswith("_")]
         return f"{group}={name} is unknown{hint(nearest(name, known))} Known: {', '.join(known)}"

@@ -10,7 +10,15 @@ class UserError(ValueError):
 
 
 class Preempted(BaseException):
-    """A signal stopped training and the state is saved. Not an Exception: it also ends the sweep around the run."""
+    """A signal stopped training and the state is saved. Not an Exception: it also ends the sweep around the run.
+
+    Args:
+        requeue: the signal was submitit's, which puts the job back into the queue.
+    """
+
+    def __init__(self, message: str, requeue: bool = False) -> None:
+        super().__init__(message)
+        self.requeue = requeue
 
 
 class Stopped(RuntimeError):

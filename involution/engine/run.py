@@ -80,7 +80,8 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def describe(self, config: dict[str, Any], world: World) -> None:
-        """Record the resolved configuration and the environment."""
+        """Record the resolved configuration and the environment. From here on the run is unfinished."""
+        (self.path / "summary.json").unlink(missing_ok=True)
         (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (self.path / "environment.json").write_text(json.dumps(environment(world), indent=2) + "\n")
 

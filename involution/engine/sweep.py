@@ -1,0 +1,110 @@
+"""The jobs of a sweep: what each of them sets, where it writes, whether it has finished."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, open_dict
+
+from involution.engine.build import check_model
+from involution.engine.cli import user_input
+from involution.engine.config import TrainConfig, check_batches, differences, validate
+
+LONGEST = 200  # bytes of a folder's name; file systems take 255
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep.
+
+    Args:
+        overrides: as on a command line.
+        folder: where it writes.
+        config: resolved.
+        immaterial: keys whose values may differ from the ones that a finished job ran with.
+    """
+
+    overrides: list[str]
+    folder: Path
+    config: dict[str, Any]
+    immaterial: frozenset[str]
+
+    def summary(self) -> dict[str, Any] | None:
+        """The job's result, if it has finished with this configuration."""
+        try:
+            summary = json.loads((self.folder / "summary.json").read_text())
+            saved = yaml.safe_load((self.folder / "config.yaml").read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            return None
+        now = yaml.safe_load(yaml.safe_dump(self.config))
+        if now["model"]["num_classes"] is None:  # the run filled it in
+            saved["model"].pop("num_classes", None)
+            now["model"].pop("num_classes")
+        return None if differences(saved, now).keys() - self.immaterial else summary
+
+    @property
+    def starts_over(self) -> bool:
+        return self.config["train"]["resume"] == "never"
+
+
+def plan(
+    batch: Sequence[Sequence[str]], load: Callable[[list[str]], DictConfig], sweep_dir: Path, swept: str, ranks: int
+) -> tuple[Path, list[Job]]:
+    """Compose and check all jobs before the first begins.
+
+    Args:
+        batch: every job's overrides.
+        load: composes a job's configuration, with its hydra node.
+        sweep_dir: parent of the jobs' folders, where the jobs' own names do not tell them apart.
+        swept: the keys that vary, to name the parent otherwise.
+        ranks: of each job.
+
+    Returns:
+        The parent of the jobs' folders, and the jobs, each with hydra's settings of its folder among its overrides.
+
+    Raises:
+        UserError, HydraException: naming the key that is wrong.
+    """
+    composed = {}
+    for overrides in batch:
+        kept = [override for override in overrides if not override.startswith("ablation=")]
+        config = load(kept)
+        composed.setdefault(folder_name(config.hydra.job.override_dirname), (kept, config))
+    if len({str(config.name) for _, config in composed.values()}) > 1:
+        sweep_dir = sweep_dir.parent / f"sweep-{swept}"
+    return sweep_dir, [_job(kept, config, sweep_dir / name, ranks) for name, (kept, config) in composed.items()]
+
+
+def _job(overrides: list[str], config: DictConfig, folder: Path, ranks: int) -> Job:
+    immaterial = frozenset(config.hydra.job.config.override_dirname.exclude_keys)
+    with open_dict(config):
+        del config["hydra"]
+    checked: TrainConfig = validate(config, TrainConfig)
+    check_batches(checked.train.global_batch_size, checked.train.batch_size, ranks)
+    with user_input():
+        check_model(checked.model)
+    places = {"hydra.sweep.dir": folder.parent, "hydra.sweep.subdir": folder.name, "hydra.run.dir": folder}
+    settings = [f"{key}={_quoted(str(place))}" for key, place in places.items()]
+    return Job([*overrides, *settings], folder, asdict(checked), immaterial)
+
+
+def folder_name(overrides: str) -> str:
+    """A file name for a job's overrides: these themselves, where they can be one."""
+    name = re.sub(r"[^\w.,=+:~@%{}\[\]-]", "_", overrides) or "default"
+    if name == overrides and len(name.encode()) <= LONGEST:
+        return name
+    if not overrides:
+        return name
+    return (
+        f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+    )
+
+
+def _quoted(text: str) -> str:
+    """A string in the grammar of Hydra's overrides."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
