@@ -16,6 +16,7 @@ from involution.engine.config import DataConfig, TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
+from involution.engine.gallery import Gallery
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
@@ -81,6 +82,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         world=world,
         run=run,
         extra_state={"config": plain, "class_names": list(splits.train.class_names), "data": splits.train.fingerprint},
+        gallery=Gallery(splits.val, config.data) if world.is_main else None,
     )
     if state is not None:
         trainer.load_state_dict(state)

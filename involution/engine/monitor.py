@@ -1,17 +1,36 @@
 """What the user sees while a run trains: a progress bar on a terminal, plain lines in a log, curves in TensorBoard."""
 
+from __future__ import annotations
+
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+if TYPE_CHECKING:
+    from involution.engine.gallery import Gallery
+
 log = logging.getLogger("involution")
 WAIT_LIMIT = 0.2  # share of the time waiting for data beyond which the loader is called the bottleneck
+NO_HPARAMS = ("name", "output_root", "device", "data.root", "data.workers", "data.loader", "train.resume")
+
+
+def hyperparameters(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
+    """The values of a configuration that can make a run another one, as TensorBoard's HParams tab takes them."""
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from hyperparameters(value, f"{name}.")
+        elif name not in NO_HPARAMS:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            yield name, value if number else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
 def duration(seconds: float) -> str:
@@ -27,21 +46,27 @@ class Monitor:
     Args:
         total_steps: of the whole run.
         step: where this process starts (later TensorBoard entries of an earlier process are dropped).
+        gallery: what to draw after every evaluation, if anything.
     """
 
     def __init__(
-        self, folder: Path, is_main: bool, step: int, total_steps: int, steps_per_epoch: int, config: dict[str, Any]
-    ) -> None:
-        self.is_main = is_main
+        self, folder: Path, is_main: bool, step: int, total_steps: int, steps_per_epoch: int, config: dict[str, Any],
+        gallery: Gallery | None = None,
+    ) -> None:  # fmt: skip
+        self.is_main, self._gallery = is_main, gallery
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self._start, self._start_step = time.monotonic(), step
         self._warned = False
         if not is_main:
             return
         from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
+        from torch.utils.tensorboard.summary import hparams
 
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}\n```", step)
+        # SummaryWriter.add_hparams would put them into a run of their own, away from the curves
+        _, session, _ = hparams(dict(hyperparameters(config)), {})
+        self._board._get_file_writer().add_summary(session)
         self._redirect = logging_redirect_tqdm([log])
         self._redirect.__enter__()
         log.handlers[-1].setLevel(logging.INFO)  # the redirection forgets the console's level
@@ -73,6 +98,12 @@ class Monitor:
         )
         log.log(logging.INFO if self._bar.disable else logging.DEBUG, line)  # the file gets it in any case
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
+
+    def evaluated(self, model: nn.Module, step: int) -> None:
+        """Draw what the evaluated model's kernels look at."""
+        if self.is_main and self._gallery is not None:
+            for title, picture in self._gallery.draw(model).items():
+                self._board.add_image(title, picture, step)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Show and record an epoch's line of metrics.jsonl."""

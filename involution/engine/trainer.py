@@ -27,6 +27,7 @@ from involution.engine.task import Task
 
 if TYPE_CHECKING:
     from data import Batch
+    from involution.engine.gallery import Gallery
 
 log = logging.getLogger("involution")
 SAVE, STOP, REQUEUE = 1, 2, 3  # what ranks can agree on between steps; the highest wish counts
@@ -58,18 +59,21 @@ class Trainer:
         train_size, val_size: numbers of samples, over all ranks.
         val_loader: finite; this rank's share.
         extra_state: goes into every checkpoint as it is: "config" (also shown in TensorBoard), "class_names".
+        gallery: what to draw at every evaluation, if anything; needed on rank 0 only.
     """
 
     def __init__(
         self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule,
         train_loader: TrainLoader, val_loader: Loader, *, train_size: int, val_size: int,
         options: TrainOptions, world: World, run: RunFolder, extra_state: dict[str, Any],
+        gallery: Gallery | None = None,
     ) -> None:  # fmt: skip
         self.learner = Learner(model, task, optimizer, schedule, options, world)
         self.task, self.schedule = task, schedule
         self.train_loader, self.val_loader = train_loader, val_loader
         self.train_size, self.val_size = train_size, val_size
         self.options, self.world, self.run, self.extra_state = options, world, run, extra_state
+        self.gallery = gallery
 
         self.meter = Meter(world)
         self.checkpoints = CheckpointFolder(run.checkpoints, options.keep_checkpoints)
@@ -92,8 +96,9 @@ class Trainer:
             Stopped: training diverged or a checkpoint could not be written.
         """
         self.monitor = Monitor(
-            self.run.path, self.world.is_main, self.step, self.limit, self.steps_per_epoch, self.extra_state["config"]
-        )
+            self.run.path, self.world.is_main, self.step, self.limit, self.steps_per_epoch, self.extra_state["config"],
+            self.gallery,
+        )  # fmt: skip
         self.last_save = time.monotonic()
         self.train_loader.seek(self.step)
         batches = iter(self.train_loader)
@@ -204,10 +209,12 @@ class Trainer:
         """Score the model (its average where one is kept) on the whole validation set."""
         model = self.learner.model if self.learner.ema is None else self.learner.ema
         broadcast_buffers(model)
-        return evaluate(
+        scores = evaluate(
             model, self.val_loader, self.task, self.world, samples=self.val_size, precision=self.options.precision,
             channels_last=self.options.channels_last, on_batch=self.poll,
         )  # fmt: skip
+        self.monitor.evaluated(model, self.step)
+        return scores
 
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint, in the background; but none amid non-finite steps, which its weights may cause."""
