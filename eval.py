@@ -1,6 +1,7 @@
 """Evaluate a checkpoint, single centre crop: python eval.py checkpoint=PATH [data=... data.root=...] [KEY=VALUE ...]
 
 The last line of standard output is one JSON object: checkpoint, top1, top5 (percent), loss, n.
+With predictions=FILE.csv also what the model says of each image of the data set.
 With images=PATH the five likeliest classes of pictures of your own: checkpoint, n, predictions.
 """
 
@@ -18,6 +19,7 @@ from involution.engine.distributed import init_world, leave_world
 from involution.engine.evaluate import evaluate
 from involution.engine.load import build_evaluation
 from involution.engine.predict import predict_images
+from involution.engine.predictions import Recorded
 from involution.engine.run import log_to
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -35,9 +37,12 @@ def main(composed: DictConfig) -> None:
             cli.print_result(predict_images(config, HydraConfig.get().overrides.task, world))
         return
     with cli.user_input():
+        recorded = None if config.predictions is None else Recorded(config.predictions)
         model, loader, task, samples = build_evaluation(config, HydraConfig.get().overrides.task, world)
     with closing(loader):
-        metrics = evaluate(model, loader, task, world, samples=samples, precision=config.precision)
+        metrics = evaluate(model, loader, recorded or task, world, samples=samples, precision=config.precision)
+        if recorded is not None:
+            recorded.write(loader, world)
     if world.is_main:
         cli.print_result(
             {"checkpoint": str(config.checkpoint)} | {key: metrics[key] for key in ("top1", "top5", "loss", "n")}

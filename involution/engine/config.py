@@ -65,6 +65,7 @@ class EvalConfig:
     precision: str = MISSING
     device: str = MISSING
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
+    predictions: str | None = MISSING
     images: Any = MISSING  # a path or a list of paths
     output: str | None = MISSING
     contact_sheet: str | None = MISSING
