@@ -24,11 +24,21 @@ INLINE void transpose(Vec<A, N>* v) {
     if constexpr (H > 1) transpose<A, H / 2>(v);
 }
 
+// The lanes from S on come first.
 template <class A, int N, int S, size_t... L>
 INLINE Vec<A, N> shift_down(Vec<A, N> v, std::index_sequence<L...>) {
     typedef typename IndexOf<A>::type I;
     const Vec<I, N> lanes = {I((L + S) % N)...};
     return S ? __builtin_shuffle(v, lanes) : v;
+}
+
+// Puts N lanes of `b`, from BASE on, into the Rth block of N lanes of `a`. For R = 1 block 0 becomes the lanes of `a` from
+// BASE on as well; for a later R the blocks before it stay.
+template <class A, int N, int W, int R, int BASE, size_t... L>
+INLINE Vec<A, W> put_block(Vec<A, W> a, Vec<A, W> b, std::index_sequence<L...>) {
+    typedef typename IndexOf<A>::type I;
+    const Vec<I, W> lanes = {I(int(L) / N == R ? W + BASE + int(L) % N : R == 1 ? (BASE + int(L) % N) % W : int(L))...};
+    return __builtin_shuffle(a, b, lanes);
 }
 
 template <class A>
@@ -40,6 +50,8 @@ public:
         ring_ = (tile_rows - 1) * p.stride + (p.size - 1) * p.dilation + 1;
         phase_ = (p.width + 2 * p.padding + p.dilation - 1) / p.dilation;
         row_ = phase_ * p.dilation;
+        // where registers are transposed: the last one of a row may stick out
+        if (p.dilation == 1) row_ = std::max(row_, p.padding + (p.width + kLanes<A> - 1) / kLanes<A> * kLanes<A>);
         plane_ = row_ * (ring_ + 1) + 2 * kLanes<A>;  // a row of zeros, and what full registers read past the end
         data_ = scratch<A>(3, plane_ * count_);
         std::fill(data_, data_ + plane_ * count_, A(0));
@@ -67,18 +79,20 @@ private:
         typedef Vec<A> V;
         const A* from = image_ + y * p_.x_row + first_;
         A* to = data_ + y % ring_ * row_;
-        int64_t x = 0, whole = p_.dilation == 1 ? count_ / L * L : 0;
-        for (; x + L <= p_.width; x += L)
+        const int64_t whole = p_.dilation == 1 ? count_ / L * L : 0;
+        for (int64_t x = 0; x < p_.width; x += L)
             for (int64_t c = 0; c < whole; c += L) {
                 V v[L];
-                unroll<L>([&](auto i) INLINED { v[i] = load<V>(from + (x + i) * p_.x_pixel + c); });
+                unroll<L>([&](auto i) INLINED {
+                    v[i] = x + i < p_.width ? load<V>(from + (x + i) * p_.x_pixel + c) : V{};
+                });
                 transpose<A, L / 2>(v);
                 unroll<L>([&](auto i) INLINED { store(to + (c + i) * plane_ + p_.padding + x, v[i]); });
             }
-        for (int64_t at = 0; at < p_.width; ++at) {
+        for (int64_t at = 0; at < p_.width && whole < count_; ++at) {
             const int64_t column = at + p_.padding;
             A* place = to + column % p_.dilation * phase_ + column / p_.dilation;
-            for (int64_t c = at < x ? whole : 0; c < count_; ++c) place[c * plane_] = from[at * p_.x_pixel + c];
+            for (int64_t c = whole; c < count_; ++c) place[c * plane_] = from[at * p_.x_pixel + c];
         }
     }
 
@@ -88,35 +102,56 @@ private:
     A* data_;
 };
 
-template <int K>
-constexpr int kTapLanes = K <= 4 ? 4 : 8;
+// How window rows lie in registers: ROWS rows side by side, each in a block of LANES lanes of which K are in use. PIXELS
+// pixels at a stride of S are done together; those whose windows start within SHARED lanes use the same register.
+template <class A, int K, int S>
+struct Taps {
+    static constexpr int LANES = K <= 4 ? 4 : 8, SHARED = LANES - K + 1;
+    static constexpr int ROWS = kLanes<A> > LANES ? kLanes<A> / LANES : 1, WIDTH = LANES * ROWS;
+    static constexpr int REGISTERS = (K + ROWS - 1) / ROWS;
+    static constexpr int PIXELS = ROWS == 1 ? (S == 1 ? SHARED : 1) : REGISTERS == 1 && S == 1 ? 8 : 4;
+    static constexpr int base(int pixel) { return pixel * S / SHARED * SHARED; }
+    static_assert(ROWS == 1 ? base(PIXELS - 1) == 0 : base(PIXELS - 1) + LANES <= WIDTH);
+};
 
-// out[u * K + v] = sum_c grad[c] * plane_c[rows[u] + v], K a constant, for P neighbouring pixels: a register of inputs
-// holds the windows of all of them, pixel p's from lane p on.
-template <class A, int K, int P>
+// out[u * K + v] = sum_c grad[c] * plane_c[rows[u] + v], K a constant, for P neighbouring pixels.
+template <class A, int K, int S, int P>
 INLINE void window_gradient(int64_t channels, const A* __restrict x, int64_t plane, const int64_t* __restrict rows,
                             const A* __restrict grad, int64_t grad_step, A* __restrict out, int64_t out_step) {
-    constexpr int N = kTapLanes<K>;
-    static_assert(P <= N - K + 1);
-    typedef Vec<A, N> V;
-    V sum[P][K];
-    unroll<P * K>([&](auto i) INLINED { sum[i / K][i % K] = V{}; });
+    typedef Taps<A, K, S> T;
+    constexpr int W = T::WIDTH, R = T::ROWS;
+    typedef Vec<A, W> V;
+    typedef std::make_index_sequence<W> Lanes;
+    V sum[P][T::REGISTERS];
+    unroll<P * T::REGISTERS>([&](auto i) INLINED { sum[i / T::REGISTERS][i % T::REGISTERS] = V{}; });
     for (int64_t c = 0; c < channels; ++c, x += plane) {
         V value[P];
         unroll<P>([&](auto p) INLINED { value[p] = grad[p * grad_step + c] - V{}; });
-        unroll<K>([&](auto u) INLINED {
-            V inputs = load<V>(x + rows[u]);
-            in_register(inputs);
-            unroll<P>([&](auto p) INLINED { sum[p][u] += value[p] * inputs; });
+        unroll<T::REGISTERS>([&](auto q) INLINED {
+            V inputs[R];
+            unroll<R>([&](auto r) INLINED {
+                inputs[r] = load<V>(x + rows[q * R + r < K ? q * R + r : 0]);
+                in_register(inputs[r]);
+            });
+            unroll<P>([&](auto p) INLINED {
+                V windows = inputs[0];
+                unroll<R - 1>([&](auto r) INLINED {
+                    if constexpr (r == 0 || q * R + r + 1 < K)
+                        windows = put_block<A, T::LANES, W, r + 1, T::base(p)>(windows, inputs[r + 1], Lanes{});
+                });
+                sum[p][q] += value[p] * windows;
+            });
         });
     }
-    // A register is wider than a row of taps: the next row's store corrects what this one spilled.
-    unroll<P>([&](auto p) INLINED {
-        unroll<K - 1>([&](auto u) INLINED {
-            store(out + p * out_step + u * K, shift_down<A, N, p>(sum[p][u], std::make_index_sequence<N>{}));
-        });
-        const V last = shift_down<A, N, p>(sum[p][K - 1], std::make_index_sequence<N>{});
-        __builtin_memcpy(out + p * out_step + (K - 1) * K, &last, K * sizeof(A));
+    // A register is wider than a row of taps: the next rows' stores correct what this one spilled.
+    unroll<P * K>([&](auto i) INLINED {
+        constexpr int p = i / K, u = i % K, room = K * (K - u);
+        const V row = shift_down<A, W, u % R * T::LANES + p * S - T::base(p)>(sum[p][u / R], Lanes{});
+        A* to = out + p * out_step + u * K;
+        if constexpr (W <= room)
+            store(to, row);
+        else
+            __builtin_memcpy(to, &row, (T::LANES <= room ? T::LANES : K) * sizeof(A));
     });
 }
 
@@ -135,7 +170,7 @@ INLINE void window_gradient(int64_t size, int64_t channels, const A* __restrict 
 }
 
 // Gradients of the kernels of one tile. grad: image of the output gradient, dense channels_last.
-template <class A, int K>
+template <class A, int K, int S>
 NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A>& planes,
                                const A* grad) {
     const int64_t width = p.group_channels();
@@ -150,17 +185,21 @@ NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>
             auto at = [&](auto pixels, int64_t j) INLINED {
                 const A* x = planes.window(g * width, j);
                 if constexpr (K > 0)
-                    window_gradient<A, K, decltype(pixels)::value>(width, x, planes.plane_step(), rows,
+                    window_gradient<A, K, S, decltype(pixels)::value>(width, x, planes.plane_step(), rows,
                                                                    from + j * p.channels, p.channels,
                                                                    out + j * tile.pixel_step, tile.pixel_step);
                 else
                     window_gradient<A>(p.size, width, x, planes.plane_step(), rows, from + j * p.channels,
                                        out + j * tile.pixel_step);
             };
-            constexpr int P = K > 0 ? kTapLanes<K> - K + 1 : 1;
             int64_t j = tile.column;
-            if (p.stride == 1 && p.dilation == 1)
-                for (; P > 1 && j + P <= tile.last_column; j += P) at(Count<P>{}, j);
+            if constexpr (K > 0) {
+                constexpr int P = Taps<A, K, S>::PIXELS;
+                if (p.stride == S && p.dilation == 1) {
+                    for (; P > 1 && j + P <= tile.last_column; j += P) at(Count<P>{}, j);
+                    for (; P > 2 && j + 2 <= tile.last_column; j += 2) at(Count<2>{}, j);
+                }
+            }
             for (; j < tile.last_column; ++j) at(Count<1>{}, j);
         }
     }
@@ -168,8 +207,9 @@ NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>
 
 template <class A>
 void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A>& planes, const A* grad) {
-    if (p.size == 7) return tile_grad_kernel<A, 7>(p, unit, tile, planes, grad);
-    if (p.size == 5) return tile_grad_kernel<A, 5>(p, unit, tile, planes, grad);
-    if (p.size == 3) return tile_grad_kernel<A, 3>(p, unit, tile, planes, grad);
-    tile_grad_kernel<A, 0>(p, unit, tile, planes, grad);
+    if (p.size == 7 && p.stride == 2) return tile_grad_kernel<A, 7, 2>(p, unit, tile, planes, grad);
+    if (p.size == 7) return tile_grad_kernel<A, 7, 1>(p, unit, tile, planes, grad);
+    if (p.size == 5) return tile_grad_kernel<A, 5, 1>(p, unit, tile, planes, grad);
+    if (p.size == 3) return tile_grad_kernel<A, 3, 1>(p, unit, tile, planes, grad);
+    tile_grad_kernel<A, 0, 1>(p, unit, tile, planes, grad);
 }
