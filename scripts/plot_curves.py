@@ -1,15 +1,21 @@
 """Draw the learning curves of runs into one picture.
 
     python scripts/plot_curves.py runs/photos-rednet26 runs/photos-resnet26 --out docs/benchmarks/curves.png
+    python scripts/plot_curves.py --mean runs/study --out docs/benchmarks/study-curves.png
 
-Left the training loss, right the validation top-1, against the epoch: a line a run, named by its folder.
+Left the training loss, right the validation top-1, against the epoch: a line a run, named by its folder. With --mean
+the runs in and below the folders are averaged over seeds: a line a setting, in a band from the lowest to the highest.
 """
 
 import argparse
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 from typing import Any
+
+Curve = list[tuple[int, list[float]]]  # epoch, the value of each run
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -25,23 +31,48 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def draw(runs: list[Path], out: Path) -> None:
-    """Draw the curves of `runs` into the file `out` (PNG, PDF or SVG by its ending)."""
+def by_folder(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
+    """{name: [a run's lines]}"""
+    return {folder.resolve().name: [read_metrics(folder)] for folder in folders}
+
+
+def by_setting(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
+    """{setting: [lines of the run of each seed]}"""
+    from report import find_runs, settings
+
+    return {name: [run.lines for run in runs] for name, runs in settings(find_runs(folders)).items()}
+
+
+def curve(runs: list[list[dict[str, Any]]], key: str) -> Curve:
+    """The values of `key` at each epoch that any of the runs has one for."""
+    values = defaultdict(list)
+    for line in (line for run in runs for line in run if line[key] is not None):
+        values[line["epoch"]].append(line[key])
+    return sorted(values.items())
+
+
+def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
+    """Draw the curves of `groups` into the file `out` (PNG, PDF or SVG by its ending)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axis, key, title in zip(
         axes, ("train_loss", "val_top1"), ("training loss", "validation top-1 (%)"), strict=True
     ):
-        for run in runs:
-            points = [(line["epoch"], line[key]) for line in read_metrics(run) if line[key] is not None]
-            axis.plot(*zip(*points, strict=True), marker=".", label=run.resolve().name)
+        for name, runs in groups.items():
+            epochs, values = zip(*curve(runs, key))
+            axis.plot(epochs, [mean(value) for value in values], marker=".", label=name)
+            if len(runs) > 1:
+                axis.fill_between(
+                    epochs, [min(value) for value in values], [max(value) for value in values], alpha=0.12
+                )
         axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[1].legend(loc="lower right")
+    axes[1].legend(loc="lower right", fontsize=7 if len(groups) > 4 else 9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
 
@@ -51,9 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
+    parser.add_argument("--mean", action="store_true", help="average over seeds; folders of runs will do")
     arguments = parser.parse_args()
     try:
-        draw(arguments.runs, arguments.out)
+        draw((by_setting if arguments.mean else by_folder)(arguments.runs), arguments.out)
     except ValueError as error:
         print(f"plot_curves.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,138 @@
+"""A small sweep with the real train.py, and what is made of it: report, comparison, figures, TensorBoard."""
+
+import csv
+import shutil
+
+import pytest
+from PIL import Image
+from programs import python, torchrun
+
+JOBS = ["model.kernel_size=3,7", "seed=0,1"]
+TINY = ["recipe=demo", "device=cpu", "data.workers=1", "train.max_steps=2", "train.log_every_steps=1"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The folder of a 2 x 2 sweep; in every job's folder predictions.csv would lie, here those of one job."""
+    folder = tmp_path_factory.mktemp("study") / "sweep"
+    finished = python("train.py", "-m", *TINY, *JOBS, f"output_root={folder.parent}", f"name={folder.name}")
+    assert finished.status == 0, finished.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(study):
+    found = sorted(path.parent for path in study.rglob("config.yaml"))
+    assert len(found) == 4
+    return found
+
+
+@pytest.fixture(scope="module")
+def predictions(jobs):
+    """Of the first and of the last job, by two ranks and by one."""
+    for run, program in ((jobs[0], lambda *words: torchrun(2, *words)), (jobs[-1], python)):
+        finished = program("eval.py", f"checkpoint='{run}'", "batch_size=50", f"predictions='{run}/predictions.csv'")
+        assert finished.status == 0, finished.stderr
+        (run / "top1").write_text(str(finished.result["top1"]))
+    return jobs[0], jobs[-1]
+
+
+def test_predictions_have_each_image_once(predictions):
+    for run in predictions:
+        with open(run / "predictions.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [int(row["index"]) for row in rows] == list(range(355))
+        assert len({row["path"] for row in rows}) == 355
+        assert all(row["path"].startswith(f"val/{row['target']}/") for row in rows)
+        assert [int(row["correct"]) for row in rows] == [int(row["predicted"] == row["target"]) for row in rows]
+        top1 = float((run / "top1").read_text())
+        assert 100 * sum(int(row["correct"]) for row in rows) / 355 == pytest.approx(top1)
+
+
+def test_predictions_need_a_place(jobs):
+    refused = python("eval.py", f"checkpoint='{jobs[0]}'", "predictions=nowhere/a.csv")
+    assert refused.status == 2
+    assert "a folder that exists" in refused.stderr
+
+
+def test_the_report_averages_seeds_and_marks_unfinished_runs(study, jobs, tmp_path):
+    folder = shutil.copytree(study, tmp_path / "sweep")
+    (folder / jobs[-1].name / "summary.json").unlink()
+    finished = python("scripts/report.py", str(folder), "--format", "csv", "--out", str(tmp_path / "table.csv"))
+    assert finished.status == 0, finished.stderr
+    with open(tmp_path / "table.csv", newline="") as file:
+        three, seven = csv.DictReader(file)
+    assert (three["setting"], seven["setting"]) == ("rednet26 kernel_size=3", "rednet26")
+    assert (three["runs"], seven["runs"]) == ("2", "1, 1 unfinished")
+    assert three["deviation"]
+    assert float(three["to default"]) == pytest.approx(float(three["top-1 (%)"]) - float(seven["top-1 (%)"]), abs=0.11)
+    assert (three["paper, ImageNet"], seven["paper, ImageNet"]) == ("", "75.9")
+    assert float(seven["parameters (M)"]) == pytest.approx(7.20, abs=0.01)
+    for style, beginning in (("markdown", "| setting |"), ("latex", r"\begin{tabular}")):
+        finished = python("scripts/report.py", str(study), "--format", style)
+        assert finished.stdout.startswith(beginning), finished.stderr
+
+
+def test_a_report_over_other_folders_says_so(tmp_path):
+    refused = python("scripts/report.py", str(tmp_path))
+    assert refused.status == 2
+    assert "holds no runs" in refused.stderr
+
+
+def test_two_runs_are_compared_image_by_image(predictions, jobs):
+    finished = python("scripts/report.py", "--compare", *map(str, predictions))
+    assert finished.status == 0, finished.stderr
+    assert "of 355 images" in finished.stdout
+    assert "McNemar, exact: p = " in finished.stdout
+    refused = python("scripts/report.py", "--compare", str(jobs[0]), str(jobs[1]))
+    assert refused.status == 2
+    assert "eval.py checkpoint=" in refused.stderr
+
+
+def test_figures_of_the_runs(study, tmp_path):
+    for program, *words in (("plot_accuracy.py", "--out", "a"), ("plot_curves.py", "--mean", "--out", "b.png")):
+        finished = python(f"scripts/{program}", str(study), *words[:-1], str(tmp_path / words[-1]))
+        assert finished.status == 0, finished.stderr
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_3_of_ones_own_pictures(jobs, tmp_path):
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.jpg").write_text("no picture")
+
+    def draw(*words):
+        return python("scripts/visualize_kernels.py", str(jobs[0]), *words, "--out", str(tmp_path / "kernels"))
+
+    finished = draw(str(tmp_path / "a.png"))
+    assert finished.status == 0, finished.stderr
+    assert "showing conv3_2" in finished.stderr
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "kernels.pdf").read_bytes().startswith(b"%PDF")
+    for words, message in (
+        ([str(tmp_path / "a.png"), "--layer", "conv9_1"], "this model has stem.conv2, conv2_1"),
+        ([str(tmp_path / "b.jpg")], "b.jpg cannot be read as a picture"),
+    ):
+        refused = draw(*words)
+        assert refused.status == 2
+        assert message in refused.stderr
+
+
+def test_tensorboard_has_figure_3_and_the_hyperparameters(jobs):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams import metadata
+
+    sizes = []
+    for run in jobs:
+        events = EventAccumulator(str(run / "tensorboard"))
+        events.Reload()
+        (image,) = events.Images("kernels/conv3_2")
+        assert (image.step, image.width, image.height) == (2, 9 * 33 - 1, 4 * 33 - 1)
+        content = events.PluginTagToContent("hparams")[metadata.SESSION_START_INFO_TAG]
+        values = metadata.parse_session_start_info_plugin_data(content).hparams
+        sizes.append((values["model.kernel_size"].number_value, values["seed"].number_value))
+        assert values["train.clip_grad_norm"].number_value == 5
+        assert values["train.compile"].string_value == "false"
+        assert "data.root" not in values
+    assert sorted(sizes) == [(3, 0), (3, 1), (7, 0), (7, 1)]
