@@ -5,6 +5,7 @@ had started it: same exit statuses, same reaction to signals. submitit's own res
 fails may take the others with it before any of them writes one: a job has succeeded when its folder says so.
 """
 
+import json
 import logging
 import os
 import runpy
@@ -21,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from involution.engine.cli import print_result
 from involution.engine.errors import UserError
 
 log = logging.getLogger("involution")
@@ -94,7 +96,7 @@ class SubmititLauncher(Launcher):
         folder.chmod(folder.stat().st_mode)  # makes a network file system look again
         summary = folder / "summary.json"
         if summary.exists():
-            print(" ".join(summary.read_text().split()), flush=True)
+            print_result(json.loads(summary.read_text()))
             return None
         log_file = Path(str(self.logs).replace("%j", job_id)) / f"{job_id}_0_log.err"
         words = log_file.read_text(errors="replace").strip().splitlines() if log_file.exists() else []

@@ -1,0 +1,178 @@
+"""Sweeps: the paper's studies, job folders, what is skipped, resumed, reported and refused."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext
+from programs import ROOT, Finished, finish, in_process, python, start
+from reliability import saved_step, wait_until
+
+from involution import create_model
+from involution.engine.errors import UserError
+from involution.engine.sweep import Job, folder_name, plan
+
+SMALL = [
+    "recipe=demo", "device=cpu", "data.loader=torch", "data.workers=0", "train.global_batch_size=16",
+    "train.batch_size=8", "train.checkpoint_every_steps=2",
+]  # fmt: skip
+
+
+def planned(root: Path, *arguments: str, ranks: int = 1) -> tuple[Path, list[Job]]:
+    """The jobs that `train.py -m` would run."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = [*arguments, f"output_root={root}"]
+        groups = [argument for argument in overrides if "," not in argument]
+        config = compose("train", groups, return_hydra_config=True)
+        loader = GlobalHydra.instance().config_loader()
+        context = HydraContext(loader, Callbacks())
+        sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=print)
+        batch, swept = sweeper._combinations(overrides)
+        return plan(batch, lambda job: loader.load_sweep_config(config, job), root / str(config.name), swept, ranks)
+
+
+def result(finished: Finished) -> dict:
+    return json.loads(finished.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("study", "params_m"),
+    [  # the paper's Table 6, digits as counted from its text
+        (
+            "kernel_size",
+            {"kernel_size=3": 14.735, "kernel_size=5": 15.053, "kernel_size=7": 15.530, "kernel_size=9": 16.167},
+        ),
+        (
+            "group_channels",
+            {"channels=1": 30.145, "channels=4": 18.453, "channels=16": 15.530, "channels=null": 14.603},
+        ),
+        ("kernel_generation", {"linear": 18.102, "ratio=1": 19.367, "ratio=4": 15.530, "ratio=16": 14.571}),
+        ("stem", {"stem=convolution": 15.530, "stem=involution": 15.541}),
+    ],
+)
+def test_studies_of_the_paper(tmp_path, study, params_m):
+    sweep_dir, jobs = planned(tmp_path, f"ablation={study}")
+    assert sweep_dir == tmp_path / f"rednet50-imagenet-{study}"
+    assert len(jobs) == len(params_m)
+    for job in jobs:
+        (expected,) = [
+            value for end, value in params_m.items() if job.folder.name.split(",model.stem")[0].endswith(end)
+        ]
+        with torch.device("meta"):
+            model = create_model(**job.config["model"] | {"num_classes": 1000})
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(expected, abs=5e-4)
+        assert "ablation" not in job.folder.name
+        assert not [override for override in job.overrides if override.startswith("ablation")]
+
+
+def test_seeds_multiply_a_study_and_the_command_line_wins(tmp_path):
+    _, jobs = planned(tmp_path, "ablation=stem", "seed=0,1,2")
+    assert len(jobs) == 6
+    _, jobs = planned(tmp_path, "ablation=kernel_size", "model.kernel_size=3,5", "model.stem=involution")
+    assert [job.folder.name for job in jobs] == [
+        f"model.kernel_size={k},model.stem=involution" for k in (3, 5)
+    ]  # fmt: skip
+
+
+def test_folders(tmp_path):
+    sweep_dir, jobs = planned(tmp_path, "model=rednet26,resnet26", "seed=0,1")
+    assert sweep_dir == tmp_path / "sweep-model-seed"
+    assert [job.folder.relative_to(sweep_dir).as_posix() for job in jobs] == [
+        "model=rednet26,seed=0", "model=rednet26,seed=1", "model=resnet26,seed=0", "model=resnet26,seed=1",
+    ]  # fmt: skip
+    _, jobs = planned(tmp_path, "data.mean=[0.5,0.5,0.5],[0,0,0]", "data.root=/somewhere", "name=a")
+    assert jobs[0].folder == tmp_path / "a" / "data.mean=[0.5,0.5,0.5]"
+    assert (
+        folder_name("data.exclude=/a/b c.txt")
+        == "data.exclude=_a_b_c.txt-" + folder_name("data.exclude=/a/b c.txt")[-8:]
+    )
+    assert folder_name("data.exclude=/a/b.txt") != folder_name("data.exclude=_a/b.txt")
+    long = folder_name("x" * 300)
+    assert len(long) <= 200
+    assert long != folder_name("x" * 301)
+
+
+def test_batches_must_divide_among_the_ranks_of_each_job(tmp_path):
+    with pytest.raises(UserError, match=r"train\.global_batch_size=32 cannot be made"):
+        planned(tmp_path, "recipe=demo", "seed=0,1", ranks=2)
+
+
+@pytest.mark.slow
+def test_failed_jobs_do_not_stop_the_rest_and_finished_ones_are_skipped(tmp_path):
+    command = [
+        "train.py", "-m", *SMALL, f"output_root={tmp_path}", "name=s", "model.kernel_size=3,5",
+        "optimizer.lr=1e30,0.02", "train.max_steps=3", "train.max_bad_steps=1", "train.checkpoint_every_steps=null",
+    ]  # fmt: skip
+    first = python(*command)
+    assert first.status == 1, first.stderr
+    assert result(first) == {"sweep_dir": str(tmp_path / "s"), "jobs": 4, "finished": 2, "failed": 2}
+    assert "2 of 4 jobs failed:" in first.stderr
+    assert "Traceback" not in first.stderr
+    finished = sorted((tmp_path / "s").glob("*/summary.json"))
+    assert ["lr=0.02" in path.parent.name for path in finished] == [True, True]
+    before = [path.stat().st_mtime_ns for path in finished]
+    second = python(*command)
+    assert second.status == 1
+    assert result(second) == result(first)
+    assert second.stderr.count("finished before: ") == 2
+    assert [path.stat().st_mtime_ns for path in finished] == before
+    assert [json.loads(path.read_text()) for path in finished] == [
+        json.loads(line) for line in second.stdout.splitlines() if line.startswith('{"run_dir"')
+    ]
+
+
+@pytest.mark.slow
+def test_a_preempted_sweep_stops_with_75_and_goes_on(tmp_path):
+    command = [
+        sys.executable, "train.py", "-m", *SMALL, f"output_root={tmp_path}", "name=s", "seed=0,1", "train.max_steps=16",
+    ]  # fmt: skip
+    folders = sorted(job.folder for job in planned(tmp_path, *command[3:])[1])
+    process = start(command)
+    wait_until(lambda: saved_step(folders[1]) >= 2, process)
+    process.send_signal(signal.SIGTERM)
+    stopped = finish(process)
+    assert stopped.status == 75, stopped.stderr
+    assert (folders[0] / "summary.json").exists()
+    assert not (folders[1] / "summary.json").exists()
+    again = finish(start(command))
+    assert again.status == 0, again.stderr
+    assert again.result == {"sweep_dir": str(tmp_path / "s"), "jobs": 2, "finished": 2, "failed": 0}
+    assert "finished before: " in again.stderr
+    assert "going on from" in (folders[1] / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["ablation=stem"], "python train.py -m ablation=stem"),
+        (["-m", "ablation=stm"], "did you mean stem? Known: group_channels, kernel_generation, kernel_size, stem\n"),
+        (["-m", "recipe=demo", "model.kernelsize=3,5"], "did you mean model.kernel_size?"),
+        (["-m", "recipe=demo", "model.kernel_size=3,4"], "kernel_size is 4; it should be odd"),
+        (["-m", "recipe=demo", "train.epochs=1,0"], "train.epochs=0 should be at least 1"),
+        (["-m", "recipe=demo", "train.precision=fp32,fp8"], "fp32, bf16, fp16"),
+        (["-m", "recipe=demo", "hydra/launcher=slurm", "seed=0,1"], "needs SLURM's sbatch"),
+        (["-m", "recipe=demo", "hydra/launcher=slrm", "seed=0,1"], "did you mean slurm?"),
+    ],
+)
+def test_wrong_input_ends_before_the_first_job(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setenv("PATH", "/nowhere")
+    finished = in_process("train.py", *arguments, f"output_root={tmp_path}/runs")
+    assert finished.status == 2, finished.stderr
+    assert message in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_without_submitit(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    for launcher in ("slurm", "submitit_local"):
+        finished = in_process("train.py", "-m", "recipe=demo", "seed=0,1", f"hydra/launcher={launcher}")
+        assert finished.status == 2
+        assert "pip install submitit" in finished.stderr
