@@ -1,9 +1,9 @@
 """The documentation's commands do what the pages say.
 
 Every ```bash and ```python block of README.md and docs/*.md has a comment line above it: `<!-- run -->` blocks are run
-here, in the order of the page, `<!-- needs: a GPU, ... -->` blocks are not. They run in a folder that holds what a reader
-has: the programs, the run of `make demo`, a photo.jpg, photos/train/<class>/ and photos/val/<class>/. To be quick,
-`train.py` gets QUICK at the end of its command, nothing else is changed.
+here, in the order of the page, `<!-- needs: a GPU, ... -->` blocks are not. They run in a folder that holds what a
+reader has: the programs, the run of `make demo`, a photo.jpg, photos/train/<class>/ and photos/val/<class>/. To be
+quick, `train.py` gets QUICK at the end of its command, nothing else is changed.
 """
 
 import os
