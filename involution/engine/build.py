@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 
 import data
 from involution import complexity, create_model
+from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder, State, mismatch, read
 from involution.engine.config import DataConfig, TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
@@ -41,6 +42,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if o.sync_batchnorm and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
     check_model(config.model)
+    boards.check(config.logging)
     splits = data.open_dataset(config.data.name, config.data.root, config.data.exclude)
     config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
     plain = dataclasses.asdict(config)

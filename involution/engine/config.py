@@ -48,6 +48,7 @@ class TrainConfig:
     seed: int = MISSING
     deterministic: bool = MISSING
     device: str = MISSING
+    logging: str = MISSING
     model: dict[str, Any] = MISSING  # arguments of involution.create_model
     data: DataConfig = field(default_factory=DataConfig)
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -73,6 +74,7 @@ class EvalConfig:
 
 
 CHOICES = {
+    "logging": ("tensorboard", "wandb"),
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
     "train.precision": ("fp32", "bf16", "fp16"),

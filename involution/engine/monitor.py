@@ -1,36 +1,24 @@
-"""What the user sees while a run trains: a progress bar on a terminal, plain lines in a log, curves in TensorBoard."""
+"""What the user sees while a run trains: a progress bar on a terminal, plain lines in a log, curves on boards."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from involution.engine.boards import open_boards
 
 if TYPE_CHECKING:
     from involution.engine.gallery import Gallery
 
 log = logging.getLogger("involution")
 WAIT_LIMIT = 0.2  # share of the time waiting for data beyond which the loader is called the bottleneck
-NO_HPARAMS = ("name", "output_root", "device", "data.root", "data.workers", "data.loader", "train.resume")
-
-
-def hyperparameters(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """The values of a configuration that can make a run another one, as TensorBoard's HParams tab takes them."""
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from hyperparameters(value, f"{name}.")
-        elif name not in NO_HPARAMS:
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            yield name, value if number else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 
 
 def duration(seconds: float) -> str:
@@ -45,7 +33,8 @@ class Monitor:
 
     Args:
         total_steps: of the whole run.
-        step: where this process starts (later TensorBoard entries of an earlier process are dropped).
+        step: where this process starts.
+        config: of the run; `logging` in it chooses the boards.
         gallery: what to draw after every evaluation, if anything.
     """
 
@@ -59,14 +48,7 @@ class Monitor:
         self._warned = False
         if not is_main:
             return
-        from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
-        from torch.utils.tensorboard.summary import hparams
-
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        self._board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}\n```", step)
-        # SummaryWriter.add_hparams would put them into a run of their own, away from the curves
-        _, session, _ = hparams(dict(hyperparameters(config)), {})
-        self._board._get_file_writer().add_summary(session)
+        self._boards = open_boards(config.get("logging", "tensorboard"), folder, step, config)
         self._redirect = logging_redirect_tqdm([log])
         self._redirect.__enter__()
         log.handlers[-1].setLevel(logging.INFO)  # the redirection forgets the console's level
@@ -89,7 +71,7 @@ class Monitor:
         if not self.is_main:
             return
         for name, value in values.items():
-            self._board.add_scalar(f"train/{name}", value, step)
+            self._scalar(f"train/{name}", value, step)
         epoch = step / self.steps_per_epoch
         line = (
             f"epoch {epoch:.2f}  step {step}/{self.total_steps}  loss {values['loss']:.4f}  lr {values['lr']:.4g}  "
@@ -103,7 +85,8 @@ class Monitor:
         """Draw what the evaluated model's kernels look at."""
         if self.is_main and self._gallery is not None:
             for title, picture in self._gallery.draw(model).items():
-                self._board.add_image(title, picture, step)
+                for board in self._boards:
+                    board.add_image(title, picture, step)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Show and record an epoch's line of metrics.jsonl."""
@@ -111,8 +94,9 @@ class Monitor:
             return
         for name, value in line.items():
             if name not in ("epoch", "step") and value is not None:
-                self._board.add_scalar(f"epoch/{name}", value, line["step"])
-        self._board.flush()
+                self._scalar(f"epoch/{name}", value, line["step"])
+        for board in self._boards:
+            board.flush()
         scores = "  ".join(
             f"{k} {v:.4g}" for k, v in line.items() if k.startswith(("train_", "val_")) and v is not None
         )
@@ -128,6 +112,10 @@ class Monitor:
                 100 * line["data_wait"],
             )
 
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        for board in self._boards:
+            board.add_scalar(name, value, step)
+
     def _time_left(self, step: int) -> str:
         done = step - self._start_step
         return duration((time.monotonic() - self._start) / done * (self.total_steps - step)) if done else "?"
@@ -136,4 +124,5 @@ class Monitor:
         if self.is_main:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
-            self._board.close()
+            for board in self._boards:
+                board.close()

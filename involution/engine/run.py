@@ -76,7 +76,7 @@ class RunFolder:
         """Forget an earlier run in this folder (train.resume=never)."""
         for name in ("metrics.jsonl", "summary.json"):
             (self.path / name).unlink(missing_ok=True)
-        for name in ("tensorboard", "checkpoints"):
+        for name in ("tensorboard", "wandb", "checkpoints"):
             shutil.rmtree(self.path / name, ignore_errors=True)
 
     def describe(self, config: dict[str, Any], world: World) -> None:

@@ -54,7 +54,9 @@ class SubmititLauncher(Launcher):
     option = ""  # hydra/launcher=...
 
     def __init__(self, **params: Any) -> None:
-        self.params = {key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in params.items()}
+        self.params: dict[str, Any] = {
+            key: OmegaConf.to_object(v) if OmegaConf.is_config(v) else v for key, v in params.items()
+        }
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """See hydra.plugins.launcher.Launcher.

@@ -70,7 +70,7 @@ def plan(
     Raises:
         UserError, HydraException: naming the key that is wrong.
     """
-    composed = {}
+    composed: dict[str, tuple[list[str], DictConfig]] = {}
     for overrides in batch:
         kept = [override for override in overrides if not override.startswith("ablation=")]
         config = load(kept)
