@@ -156,3 +156,13 @@ def test_pretrained_files_load(tmp_path):
 def test_impossible_pooling_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         timm.create_model("rednet26", **options)
+
+
+def test_traces_to_torchscript_at_any_batch_and_size():
+    """torch.jit.script cannot compile the generator's optional span; tracing can."""
+    torch.manual_seed(0)
+    model = fitted(involution.create_model("rednet26", num_classes=3))
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
+        images = torch.randn(3, 3, 70, 58)
+        torch.testing.assert_close(traced(images), model(images))
