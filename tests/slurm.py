@@ -47,6 +47,10 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE
 """
 
 
+class NotStarted(RuntimeError):
+    """This machine does not let SLURM run."""
+
+
 def missing() -> str | None:
     """Why SLURM cannot be started here, or None."""
     absent = [name for name in PROGRAMS if _find(name) is None]
@@ -118,7 +122,7 @@ def _wait_for(happened, daemons: list[subprocess.Popen[bytes]], folder: Path) ->
             words = "\n".join(
                 f"{path.name}: {path.read_text(errors='replace')[-2000:]}" for path in folder.glob("*.out")
             )
-            raise RuntimeError(f"SLURM did not start:\n{words}")
+            raise NotStarted(f"SLURM did not start:\n{words}")
         time.sleep(0.1)
 
 

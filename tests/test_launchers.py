@@ -1,0 +1,119 @@
+"""Sweeps whose jobs have two ranks each, on this machine and in a real SLURM: killed, preempted, and all the same."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm
+from programs import ROOT, finish, start
+from reliability import kill, outcome, saved_step, wait_until
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = [
+    "recipe=demo", "device=cpu", "deterministic=true", "data.loader=torch", "data.workers=0", "train.max_steps=16",
+    "train.global_batch_size=16", "train.batch_size=8", "train.checkpoint_every_steps=2", "train.log_every_steps=2",
+]  # fmt: skip
+GRID = ["model.kernel_size=3,5", "seed=0,1"]
+
+
+def sweep(root: Path, launcher: str, *overrides: str, **environment: str) -> subprocess.Popen[str]:
+    place = [f"output_root={root}", "name=grid", f"hydra/launcher={launcher}", "hydra.launcher.tasks_per_node=2"]
+    command = [sys.executable, "train.py", "-m", *SETTINGS, *GRID, *place, *overrides]
+    return start(command, **environment)
+
+
+def jobs(root: Path) -> list[Path]:
+    """The folders of the grid's jobs, in order, as far as they are there."""
+    return sorted((root / "grid").glob("*model.kernel_size=*"))
+
+
+def finished(folder: Path) -> bool:
+    return (folder / "summary.json").exists()
+
+
+def check(process: subprocess.Popen[str], root: Path) -> str:
+    """The sweep ends well, with every job's result and its own on standard output; returns what it said."""
+    done = finish(process)
+    assert done.status == 0, done.stderr
+    assert done.result == {"sweep_dir": str(root / "grid"), "jobs": 4, "finished": 4, "failed": 0}
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run_dir"')]
+    assert sorted(result["run_dir"] for result in results) == [str(folder) for folder in jobs(root)]
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory) -> Path:
+    """A 2 x 2 grid with two ranks a job, killed during its second job and started again."""
+    root = tmp_path_factory.mktemp("local")
+    first = sweep(root, "submitit_local")
+    wait_until(lambda: len(jobs(root)) == 4 and finished(jobs(root)[0]) and saved_step(jobs(root)[1]) >= 2, first)
+    kill(first)
+    assert not finished(jobs(root)[1])
+    said = check(sweep(root, "submitit_local"), root)
+    assert said.count("finished before: ") == 1
+    assert "going on from" in (jobs(root)[1] / "train.log").read_text()
+    return root
+
+
+def test_local_jobs_have_two_ranks_and_survive_a_kill(local):
+    for folder in jobs(local):
+        assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[dict[str, str]]:
+    """A SLURM of one node: the environment that its commands need."""
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    try:
+        with slurm.running() as environment:
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # train.sbatch says `python`
+            yield environment | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    except slurm.NotStarted as error:
+        pytest.skip(str(error))
+
+
+def ask(cluster: dict[str, str], *command: str) -> str:
+    return subprocess.run(
+        command, env=os.environ | cluster, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+
+
+def test_slurm_jobs_are_preempted_requeued_and_found_again(local, cluster, tmp_path):
+    for_slurm = ["hydra.launcher.gpus_per_node=null", "hydra.launcher.cpus_per_task=1"]
+    first = sweep(tmp_path, "slurm", *for_slurm, **cluster)
+    wait_until(lambda: jobs(tmp_path) and saved_step(jobs(tmp_path)[0]) >= 2, first)
+    array = (jobs(tmp_path)[0] / ".slurm_job").read_text().partition("_")[0]
+    # the step: scancel 22.05 takes its success with a task of an array for a failure, and tries again for a minute
+    number = ask(cluster, "squeue", "--noheader", f"--jobs={array}_0", "--format=%A").strip()
+    ask(cluster, "scancel", "--signal=USR2", f"{number}.0")  # what SLURM does at the end of the job's time
+    kill(first)  # the jobs stay in the queue
+    said = check(sweep(tmp_path, "slurm", *for_slurm, **cluster), tmp_path)
+    assert said.count(f"SLURM job {array}_") + said.count("finished before: ") == 4
+    assert "going on from" in (jobs(tmp_path)[0] / "train.log").read_text()
+    assert [outcome(folder) for folder in jobs(tmp_path)] == [outcome(folder) for folder in jobs(local)]
+
+
+def test_the_batch_script_comes_back_after_preemption_and_time_out(local, cluster, tmp_path):
+    run, log = tmp_path / "run", tmp_path / "job.out"
+    job = ask(
+        cluster, "sbatch", "--parsable", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1",
+        f"--output={log}", "scripts/train.sbatch", *SETTINGS, "model.kernel_size=5", "seed=1",
+        f"output_root={tmp_path}", "name=run",
+    ).strip()  # fmt: skip
+    watch = start(["sleep", "600"])
+    wait_until(lambda: saved_step(run) >= 2, watch)
+    ask(cluster, "scontrol", "requeue", job)  # what SLURM does to a job that a more important one displaces
+    wait_until(lambda: saved_step(run) >= 6, watch)
+    ask(cluster, "scancel", "--batch", "--signal=USR1", job)  # what SLURM does 300 s before the end of the time
+    wait_until(lambda: not ask(cluster, "squeue", "--noheader"), watch)
+    watch.kill()
+    watch.communicate()
+    assert finished(run), log.read_text()
+    assert (run / "train.log").read_text().count("going on from") == 2, log.read_text()
+    assert outcome(run) == outcome(jobs(local)[3])
