@@ -40,12 +40,15 @@ class Sweeper(BasicSweeper):
             UserError, HydraException: before the first job, for a key or value that cannot work.
             Stopped: after the last one, where some have failed.
         """
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.launcher is not None
         log_to(None, is_main=True)
         batch, swept = self._combinations(arguments)
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
-        loader = self.hydra_context.config_loader
+        config, loader = self.config, self.hydra_context.config_loader
         ranks = getattr(self.launcher, "ranks", 1)
-        sweep_dir, jobs = plan(batch, lambda job: loader.load_sweep_config(self.config, job), sweep_dir, swept, ranks)
+        sweep_dir, jobs = plan(batch, lambda job: loader.load_sweep_config(config, job), sweep_dir, swept, ranks)
 
         todo = []
         for job in jobs:
@@ -69,6 +72,7 @@ class Sweeper(BasicSweeper):
 
     def _combinations(self, arguments: list[str]) -> tuple[list[list[str]], str]:
         """Every job's overrides, and the keys that vary."""
+        assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         batch: list[list[str]] = []
         for row in self.rows:
