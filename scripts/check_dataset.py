@@ -47,6 +47,8 @@ def scan(images: ImageList, workers: int, label: str) -> Iterator[tuple[str, str
         for found in pool.imap(partial(_bad, images), range(0, len(images), CHUNK)):
             bar.update(min(CHUNK, len(images) - bar.n))
             yield from found
+        pool.close()  # they end by themselves: a worker that was started with SIGTERM ignored cannot be terminated
+        pool.join()
 
 
 def write_list(output: Path, bad: list[tuple[str, str]], base: Path) -> None:

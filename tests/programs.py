@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,6 +15,8 @@ from typing import Any
 from unittest.mock import patch
 
 from hydra.core.global_hydra import GlobalHydra
+
+from involution.engine.signals import SIGNALS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +53,7 @@ def in_process(program: str, *arguments: str) -> Finished:
     """Run a program here, for cases that end before any work starts: a process costs seconds of imports."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
     logging.getLogger("involution").handlers.clear()  # of an earlier call
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with redirect_stdout(output), redirect_stderr(errors), patch.object(sys, "argv", [program, *arguments]):
         try:
             runpy.run_path(str(ROOT / program), run_name="__main__")
@@ -57,6 +61,8 @@ def in_process(program: str, *arguments: str) -> Finished:
             status = int(leave.code or 0)
         finally:
             GlobalHydra.instance().clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Finished(status, output.getvalue(), errors.getvalue())
 
 
