@@ -85,17 +85,24 @@ def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_pat
     assert "name=" in finished.stderr
 
 
-def test_a_run_or_safetensors_of_as_many_classes_keep_their_classifier(tuned, images, tmp_path):
+def test_a_classifier_is_kept_for_the_same_classes_and_new_for_others(tuned, images, tmp_path):
     loaded = involution.load(tuned)
-    save_safetensors(loaded.model, tmp_path, loaded.class_names)
+    save_safetensors(loaded.model, tmp_path, ["cat", "b", "newt"])
+    torch.save(loaded.model.state_dict(), tmp_path / "nameless.pth")
     short = ["train.max_steps=1", "train.freeze=[stem,layer1,layer2,layer3,layer4]", "optimizer.lr=0"]
-    for name, checkpoint in (("a", tuned), ("b", tmp_path / "model.safetensors")):
-        program, *arguments = command(tmp_path / name, images, *TUNE, *short, f"checkpoint={checkpoint}")[1:]
+    for checkpoint, said, kept in (
+        (tuned, "the classifier for 3 classes is kept (a, b, c)", True),
+        (tmp_path / "nameless.pth", "is kept, for the weights do not tell the names of theirs", True),
+        (tmp_path / "model.safetensors", "(cat, b, newt; of the 3 here 2 are new to it), so it starts afresh", False),
+    ):
+        run = tmp_path / f"from-{checkpoint.stem}"
+        program, *arguments = command(run, images, *TUNE, *short, f"checkpoint={checkpoint}")[1:]
         finished = in_process(program, *arguments)
         assert finished.status == 0, finished.stderr
-        assert "the classifier for 3 classes is kept (a, b, c)" in finished.stderr
-        state = read(tmp_path / name / "checkpoints" / "last.pt")
-        assert torch.equal(state["model"]["fc.weight"], loaded.model.fc.weight)
+        assert said in finished.stderr
+        state = read(run / "checkpoints" / "last.pt")["model"]
+        assert torch.equal(state["layer1.0.conv1.weight"], loaded.model.layer1[0].conv1.weight)
+        assert torch.equal(state["fc.weight"], loaded.model.fc.weight) == kept
 
 
 @pytest.mark.parametrize(

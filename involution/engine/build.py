@@ -59,7 +59,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     seed_everything(config.seed, world, config.deterministic)
     model: Any = create_model(**config.model)
     if config.checkpoint is not None and state is None:
-        start_from(model, config.checkpoint, config.data)
+        start_from(model, config.checkpoint, config.data, splits.train.class_names)
     if o.freeze is not None:
         freeze(model, o.freeze)
     if world.is_main:

@@ -15,8 +15,11 @@ from involution.weights import describe, load_into
 log = logging.getLogger("involution")
 
 
-def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig) -> None:
-    """Load a checkpoint's weights into a fresh model; a classifier for another number of classes stays fresh.
+def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig, class_names: Sequence[str]) -> None:
+    """Load a checkpoint's weights into a fresh model; a classifier for other classes, in number or name, stays fresh.
+
+    Args:
+        class_names: of the data set. Where the checkpoint does not tell its own, as many classes are the same classes.
 
     Raises:
         ValueError: the file cannot be used, or is of another model; the message has the differing keys and options.
@@ -24,16 +27,30 @@ def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig) -> N
     model_there, names, data_there = open_checkpoint(checkpoint)
     weights = model_there.state_dict()
     log.info("starting from the weights of %s", checkpoint)
+    as_many = model.num_classes == model_there.num_classes
+    other_classes = as_many and names is not None and list(names) != list(class_names)
+    if other_classes:
+        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
     try:
-        load_into(model, weights)  # says so where the classifier starts afresh
+        load_into(model, weights)  # says so where the number of classes is another
     except ValueError as error:
         raise UserError(f"checkpoint={checkpoint}: {error}{_advice(weights, model.state_dict())}") from error
-    if model.num_classes == model_there.num_classes:
-        classes = f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
+    if other_classes:
+        log.warning(
+            "the weights' classifier is for other classes (%s; of the %d here %d are new to it), so it starts afresh; "
+            "class folders named as its classes would keep it",
+            _first(names or ()), len(class_names), len(set(class_names) - set(names or ())),
+        )  # fmt: skip
+    elif as_many:
+        classes = f" ({_first(names)})" if names else ", for the weights do not tell the names of theirs"
         log.info("the classifier for %d classes is kept%s", model.num_classes, classes)
     for key in ("mean", "std"):
         if key in data_there and list(data_there[key]) != list(getattr(data, key)):
             log.warning("it was trained with data.%s=%s, here it is %s", key, data_there[key], getattr(data, key))
+
+
+def _first(names: Sequence[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
