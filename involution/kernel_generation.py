@@ -7,6 +7,8 @@ Both functions end in a 1x1 convolution, ``span``. What comes before it is ``hid
 to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
 """
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 
@@ -25,7 +27,8 @@ def stride_pool(stride: int) -> nn.Module:
 class SpanGeneration(nn.Module):
     """A generator that ends in a 1x1 convolution: kernels = span(hidden(x))."""
 
-    span: nn.Conv2d
+    if TYPE_CHECKING:  # torch.jit.script cannot have annotated submodules
+        span: nn.Conv2d
 
     def hidden(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, R, Ho, Wo): everything before the last convolution."""

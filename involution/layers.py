@@ -1,5 +1,6 @@
 """Involution2d: kernel generation and operator as one layer, a drop-in for a K x K convolution C -> C."""
 
+import torch
 from torch import Tensor, nn
 
 from involution.checks import check_odd, check_positive
@@ -66,6 +67,10 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         generation = self.kernel_generation
+        if torch.jit.is_scripting():  # knows neither isinstance of a module nor keywords; any generator will do
+            kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
+            padding = self.dilation * (self.kernel_size - 1) // 2
+            return torch.ops.involution.involution2d(x, kernel, self.stride, padding, self.dilation)
         if isinstance(generation, SpanGeneration):
             reduced, span = generation.hidden(x), generation.span
             return span_involution2d(

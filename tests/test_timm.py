@@ -74,7 +74,7 @@ def test_default_cfg_tells_the_truth():
 
 
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize("feature_cls", [None, "hook", "getter", "dict"])
+@pytest.mark.parametrize("feature_cls", [None, "hook", "getter", "dict", "fx"])
 def test_features(output_stride, feature_cls):
     options = {"feature_cls": feature_cls} if feature_cls else {}
     model = timm.create_model("rednet26", features_only=True, output_stride=output_stride, **options).eval()
@@ -158,11 +158,29 @@ def test_impossible_pooling_is_refused(options, message):
         timm.create_model("rednet26", **options)
 
 
-def test_traces_to_torchscript_at_any_batch_and_size():
-    """torch.jit.script cannot compile the generator's optional span; tracing can."""
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("build", [involution.create_model, timm.create_model])
+def test_torchscript_at_any_batch_and_size(build):
     torch.manual_seed(0)
-    model = fitted(involution.create_model("rednet26", num_classes=3))
+    model = fitted(build("rednet26", num_classes=3))
+    images = torch.randn(3, 3, 70, 58)
     with torch.no_grad():
-        traced = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
-        images = torch.randn(3, 3, 70, 58)
-        torch.testing.assert_close(traced(images), model(images))
+        for program in (torch.jit.script(model), torch.jit.trace(model, torch.randn(2, 3, 64, 64))):
+            torch.testing.assert_close(program(images), model(images))
+
+
+def test_symbolic_tracing_keeps_the_layer_whole():
+    """As timm's tests of torch.fx do: forward, backward, TorchScript of the graph, features."""
+    from timm.models import get_notrace_functions, get_notrace_modules
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    kept = {"leaf_modules": get_notrace_modules(), "autowrap_functions": get_notrace_functions()}
+    model = timm.create_model("rednet26", num_classes=4)
+    images = torch.randn(2, 3, 64, 64)
+    graph = create_feature_extractor(model, ["fc"], tracer_kwargs=kept | {"param_shapes_constant": True})
+    graph(images)["fc"].mean().backward()
+    assert all(p.grad is not None for p in graph.parameters())
+    with torch.no_grad():
+        expected = fitted(model)(images)
+        assert torch.equal(graph.eval()(images)["fc"], expected)
+        torch.testing.assert_close(torch.jit.script(graph)(images)["fc"], expected)

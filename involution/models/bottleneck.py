@@ -30,10 +30,10 @@ class ConvolutionStem(nn.Module):
         check_positive(in_chans=in_chans)
         self.conv1 = nn.Conv2d(in_chans, STAGE_WIDTHS[0], 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(STAGE_WIDTHS[0])
-        self.relu = nn.ReLU(inplace=True)
+        self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.bn1(self.conv1(x)))
+        return self.act1(self.bn1(self.conv1(x)))
 
 
 class Bottleneck(nn.Module):
@@ -44,22 +44,24 @@ class Bottleneck(nn.Module):
         out_channels = width * EXPANSION
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = spatial(width, stride, dilation)
         self.bn2 = nn.BatchNorm2d(width)
+        self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(width, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample: nn.Module = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
+        self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.act1(self.bn1(self.conv1(x)))
+        y = self.act2(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
-        return self.relu(y + self.downsample(x))
+        return self.act3(y + self.downsample(x))
 
 
 class BottleneckNetwork(nn.Module):
@@ -77,10 +79,11 @@ class BottleneckNetwork(nn.Module):
     ``feature_info`` lists the five levels of a feature pyramid: module name, channels and stride.
     """
 
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
+    if TYPE_CHECKING:  # torch.jit.script cannot have annotated submodules
+        layer1: nn.Sequential
+        layer2: nn.Sequential
+        layer3: nn.Sequential
+        layer4: nn.Sequential
 
     def __init__(
         self,

@@ -6,17 +6,20 @@ Imported by ``involution`` as soon as timm is; the weights' names are those of `
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import SelectAdaptivePool2d
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
+from involution.layers import Involution2d
 from involution.models.rednet import RedNet
 from involution.weights import to_ours
 
+register_notrace_module(Involution2d)  # torch.fx keeps the layer whole: its checks look at shapes
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -61,9 +64,12 @@ class TimmRedNet(RedNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> features of the last stage (B, 2048, H/32, W/32)."""
         x = self.maxpool(self.stem(x))
-        for name in STAGES:
-            x = self._stage(name, x)
-        return x
+        if torch.jit.is_scripting():  # knows no getattr
+            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        else:
+            for name in STAGES:
+                x = self._stage(name, x)
+            return x
 
     def forward_intermediates(
         self,
@@ -106,7 +112,7 @@ class TimmRedNet(RedNet):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features -> logits, with dropout before the classifier."""
-        x = F.dropout(super().forward_head(x, pre_logits=True), self.drop_rate, self.training)
+        x = F.dropout(self.avgpool(x), self.drop_rate, self.training)
         return x if pre_logits else self.fc(x)
 
 
