@@ -1,5 +1,6 @@
 """Sweeps whose jobs have two ranks each, on this machine and in a real SLURM: killed, preempted, and all the same."""
 
+import csv
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from programs import ROOT, finish, start
+from programs import ROOT, finish, python, start
 from reliability import kill, outcome, saved_step, wait_until
 
 pytestmark = pytest.mark.slow
@@ -36,13 +37,24 @@ def finished(folder: Path) -> bool:
     return (folder / "summary.json").exists()
 
 
+def continued(folder: Path) -> int:
+    """How many times a run has gone on from a checkpoint."""
+    log = folder / "train.log"
+    return log.read_text().count("going on from") if log.exists() else 0
+
+
 def check(process: subprocess.Popen[str], root: Path) -> str:
-    """The sweep ends well, with every job's result and its own on standard output; returns what it said."""
+    """The sweep ends well, every job's result and its own on standard output, a report; returns what it said."""
     done = finish(process)
     assert done.status == 0, done.stderr
     assert done.result == {"sweep_dir": str(root / "grid"), "jobs": 4, "finished": 4, "failed": 0}
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run_dir"')]
     assert sorted(result["run_dir"] for result in results) == [str(folder) for folder in jobs(root)]
+    report = python("scripts/report.py", str(root / "grid"), "--format", "csv")
+    rows = list(csv.DictReader(report.stdout.splitlines()))
+    assert [(row["setting"], row["runs"]) for row in rows] == [
+        ("rednet26 kernel_size=3", "2"), ("rednet26 kernel_size=5", "2")
+    ], report.stderr  # fmt: skip
     return done.stderr
 
 
@@ -56,7 +68,7 @@ def local(tmp_path_factory) -> Path:
     assert not finished(jobs(root)[1])
     said = check(sweep(root, "submitit_local"), root)
     assert said.count("finished before: ") == 1
-    assert "going on from" in (jobs(root)[1] / "train.log").read_text()
+    assert continued(jobs(root)[1])
     return root
 
 
@@ -66,7 +78,7 @@ def test_local_jobs_have_two_ranks_and_survive_a_kill(local):
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[dict[str, str]]:
+def one_node() -> Iterator[dict[str, str]]:
     """A SLURM of one node: the environment that its commands need."""
     if reason := slurm.missing():
         pytest.skip(reason)
@@ -78,10 +90,18 @@ def cluster() -> Iterator[dict[str, str]]:
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def cluster(one_node) -> Iterator[dict[str, str]]:
+    """The same with an empty queue; what its daemons say is shown where a test fails."""
+    yield one_node
+    print(slurm.logs(one_node))
+    slurm.cancel_all(one_node)
+
+
 def ask(cluster: dict[str, str], *command: str) -> str:
-    return subprocess.run(
-        command, env=os.environ | cluster, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    done = subprocess.run(command, env=os.environ | cluster, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_slurm_jobs_are_preempted_requeued_and_found_again(local, cluster, tmp_path):
@@ -95,7 +115,7 @@ def test_slurm_jobs_are_preempted_requeued_and_found_again(local, cluster, tmp_p
     kill(first)  # the jobs stay in the queue
     said = check(sweep(tmp_path, "slurm", *for_slurm, **cluster), tmp_path)
     assert said.count(f"SLURM job {array}_") + said.count("finished before: ") == 4
-    assert "going on from" in (jobs(tmp_path)[0] / "train.log").read_text()
+    assert continued(jobs(tmp_path)[0])
     assert [outcome(folder) for folder in jobs(tmp_path)] == [outcome(folder) for folder in jobs(local)]
 
 
@@ -106,14 +126,17 @@ def test_the_batch_script_comes_back_after_preemption_and_time_out(local, cluste
         f"--output={log}", "scripts/train.sbatch", *SETTINGS, "model.kernel_size=5", "seed=1",
         f"output_root={tmp_path}", "name=run",
     ).strip()  # fmt: skip
-    watch = start(["sleep", "600"])
-    wait_until(lambda: saved_step(run) >= 2, watch)
-    ask(cluster, "scontrol", "requeue", job)  # what SLURM does to a job that a more important one displaces
-    wait_until(lambda: saved_step(run) >= 6, watch)
-    ask(cluster, "scancel", "--batch", "--signal=USR1", job)  # what SLURM does 300 s before the end of the time
-    wait_until(lambda: not ask(cluster, "squeue", "--noheader"), watch)
-    watch.kill()
-    watch.communicate()
-    assert finished(run), log.read_text()
-    assert (run / "train.log").read_text().count("going on from") == 2, log.read_text()
+    watch = start(["sleep", "3000"])
+    try:
+        wait_until(lambda: saved_step(run) >= 2, watch)
+        ask(cluster, "scontrol", "requeue", job)  # what SLURM does to a job that a more important one displaces
+        wait_until(lambda: continued(run) == 1, watch)
+        ask(cluster, "scancel", "--batch", "--signal=USR1", job)  # what SLURM does 300 s before the end of the time
+        wait_until(lambda: not ask(cluster, "squeue", "--noheader"), watch)
+    finally:
+        watch.kill()
+        watch.communicate()
+    said = log.read_text() if log.exists() else "the job wrote nothing"
+    assert finished(run), said
+    assert continued(run) == 2, said
     assert outcome(run) == outcome(jobs(local)[3])

@@ -105,6 +105,14 @@ def _choose_device(device: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def _port(job: str) -> str:
+    """Where the ranks of a job meet: jobs that share a machine have numbers of their own.
+
+    Below 32768, where Linux takes the ports of outgoing connections from.
+    """
+    return str(20000 + int(job) % 12000)
+
+
 def _adopt_submitit() -> None:
     """Under submitit's local executor, derive from its variables what torchrun would have set."""
     env = os.environ
@@ -113,7 +121,7 @@ def _adopt_submitit() -> None:
     env["RANK"], env["WORLD_SIZE"] = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"]
     env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_LOCALID"]
     env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SUBMITIT_LOCAL_JOB_ID"]) % 20000))
+    env.setdefault("MASTER_PORT", _port(env["SUBMITIT_LOCAL_JOB_ID"]))
 
 
 def _adopt_slurm() -> None:
@@ -126,7 +134,7 @@ def _adopt_slurm() -> None:
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
     env.setdefault("MASTER_ADDR", hosts.split()[0])
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault("MASTER_PORT", _port(env["SLURM_JOB_ID"]))
 
 
 def leave_world() -> None:
