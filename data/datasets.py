@@ -58,9 +58,11 @@ def open_dataset(
 
 
 def _list(base: Path, split: str) -> ImageList:
-    if not (base / split).exists() and has_shards(base, split):
+    if (base / split).exists():
+        return list_folder(base / split)
+    if has_shards(base, split):
         return list_shards(base, split)
-    return list_folder(base / split)
+    raise ValueError(f"data folder {str(base)!r} has no folder {split}; expected {base}/{split}/<class>/<image>.jpg")
 
 
 def _given(root: str | os.PathLike[str] | None) -> Path:

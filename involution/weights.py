@@ -7,6 +7,7 @@ detection and segmentation files have the backbone without a classifier, beside 
 import hashlib
 import logging
 import math
+import pickle
 import re
 import urllib.error
 from collections.abc import Mapping
@@ -91,8 +92,7 @@ def read(path: str | Path) -> StateDict:
     except ImportError as error:
         raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # torch.load and safetensors raise a dozen types for damaged files
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ValueError(f"{path} cannot be read as weights: {reason[0]}") from error
+        raise ValueError(f"{path} cannot be read as weights: {why_unreadable(error)}") from error
     for nest in ("ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = {key: value for key, value in state[nest].items() if key != "n_averaged"}
@@ -101,6 +101,16 @@ def read(path: str | Path) -> StateDict:
             f"{path} holds no weights: it should be a state dict, or have one under 'state_dict' or 'model'"
         )
     return state
+
+
+def why_unreadable(error: Exception) -> str:
+    """Why torch.load or safetensors failed, in a line, without torch's advice to let the file run code."""
+    told = str(error).strip()
+    if found := re.search(r"Unsupported global: GLOBAL (\S+)", told):
+        return f"besides weights it holds {found[1]}, and nothing that may run code is read"
+    if isinstance(error, pickle.UnpicklingError | EOFError):
+        return "torch.save did not write it, or not all of it is there"
+    return told.splitlines()[0] if told else type(error).__name__
 
 
 def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
@@ -182,7 +192,7 @@ def fetch(location: str | Path, sha256: str | None = None) -> Path:
     """The local file of a path or URL. Downloads are kept in ``torch.hub``'s folder; the hash is checked at every use.
 
     Args:
-        location: a path, or an http(s), ftp or file URL.
+        location: a path, of a run's folder too (its ``best.pt``), or an http(s), ftp or file URL.
         sha256: the file's SHA-256 or the beginning of it. A URL like ``rednet50-0123abcd.pth`` carries it.
 
     Raises:
@@ -191,6 +201,8 @@ def fetch(location: str | Path, sha256: str | None = None) -> Path:
     location = str(location)
     if "://" not in location:
         path = Path(location)
+        if path.is_dir():
+            path = path / "checkpoints" / "best.pt"
         if not path.is_file():
             raise ValueError(f"there is no file {path}")
     else:
@@ -204,7 +216,7 @@ def fetch(location: str | Path, sha256: str | None = None) -> Path:
             try:
                 torch.hub.download_url_to_file(location, str(path), progress=False)
             except (urllib.error.URLError, OSError) as error:
-                raise ValueError(f"{location} cannot be downloaded: {error}") from error
+                raise ValueError(f"{location} cannot be downloaded: {getattr(error, 'reason', error)}") from error
     if sha256:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if not found.startswith(sha256.lower()):

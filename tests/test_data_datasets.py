@@ -147,7 +147,7 @@ def test_twenty_thousand_files_stay_small_in_memory(tmp_path: Path):
     ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root), "does not exist; set data.root"),
-        (lambda root: shutil.rmtree(root / "val"), "val' does not exist"),
+        (lambda root: shutil.rmtree(root / "val"), "has no folder val; expected"),
         (lambda root: shutil.rmtree(root / "val" / WNIDS[0]), "1 only in train: n01440764"),
         (lambda root: [path.unlink() for path in (root / "train" / WNIDS[2]).iterdir()], "no images .*: n02102040"),
         (lambda root: [shutil.rmtree(path) for path in (root / "train").iterdir()], "has no class folders"),

@@ -224,8 +224,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     torch.save({"state_dict": {"a": torch.zeros(1)}, "args": Path("x")}, code)
     with pytest.raises(ValueError, match="there is no file"):
         load_model(tmp_path / "none.pth")
-    for path in (text, code, cut):
-        with pytest.raises(ValueError, match="cannot be read as weights"):
+    for path, reason in ((text, "torch.save did not"), (code, "it holds (pathlib|__main__)"), (cut, "")):
+        with pytest.raises(ValueError, match=f"cannot be read as weights: .*{reason}"):
             load_model(path)
     with pytest.raises(ValueError, match="these weights are of no RedNet or ResNet"):
         load_model(other)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from involution.engine.errors import Stopped, UserError
+from involution.weights import why_unreadable
 
 log = logging.getLogger("involution")
 State = dict[str, Any]
@@ -104,8 +105,7 @@ def read(path: Path) -> State:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {reason}") from error
+        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {why_unreadable(error)}") from error
     if not isinstance(state, dict) or "sha256" not in state or "model" not in state:
         raise ForeignFile(f"{path} is not a checkpoint that train.py wrote")
     if state.pop("sha256") != digest(state):

@@ -64,7 +64,7 @@ def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
         models.append({"model": name} | {f"model.{key}": value for key, value in options.items()})
     differing = differences(models[0], models[1]).keys() & models[0].keys() - {"model.num_classes"}
     wanted = [f"{key}={'null' if value is None else value}" for key, value in models[0].items() if key in differing]
-    return f". It was trained with {' '.join(wanted)}" if wanted else ""
+    return f". It was trained with {' '.join(wanted)}: add that to the command" if wanted else ""
 
 
 def freeze(model: BottleneckNetwork, stages: int | str | Sequence[str]) -> None:
