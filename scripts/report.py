@@ -1,12 +1,12 @@
 """Write the table of a study from its run folders: one row a setting, averaged over seeds.
 
     python scripts/report.py runs/study                                  every run below it, as Markdown
-    python scripts/report.py runs/study --format latex --out table.tex   also csv
+    python scripts/report.py runs/study --format latex --out table.tex   (booktabs); also csv
     python scripts/report.py --compare RUN_A RUN_B                       McNemar's test on the same images
 
-Top-1 is that of the last epoch. A setting's difference is to the default: the same model (for a ResNet the RedNet of
-its depth) and stem with nothing else changed. The paper's figures are for ImageNet (docs/paper). --compare takes the
-files that `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, or folders with a predictions.csv.
+Top-1 is that of the last epoch. "To default" is the difference to the same model (for a ResNet the RedNet of its depth)
+and stem with nothing else changed. The paper's figures are for ImageNet (docs/paper), "to paper" is for the same model.
+--compare takes what `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, or folders with a predictions.csv.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from involution.complexity import Complexity, count
 from involution.models import RedNet, create_model
 
 DEFAULTS = {name: p.default for name, p in inspect.signature(RedNet).parameters.items()}
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 PLACE = {"name", "output_root", "device", "seed"}  # what does not make it another setting
 
 
@@ -71,21 +72,29 @@ def find_runs(folders: list[Path]) -> list[Run]:
     """Every run in or below the folders.
 
     Raises:
-        ValueError: a folder does not exist or holds no run.
+        ValueError: a folder does not exist or holds no run, or a run's files are damaged.
     """
     runs: dict[Path, Run] = {}
     for folder in folders:
         found = sorted(path.parent for path in folder.rglob("config.yaml") if path.parent.name != ".hydra")
         if not found:
-            raise ValueError(
-                f"{folder} holds no runs (no config.yaml in or below it); give folders that train.py wrote"
-            )
-        for path in found:
-            metrics = path / "metrics.jsonl"
-            text = metrics.read_text() if metrics.is_file() else ""
-            lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            runs[path.resolve()] = Run(path, yaml.safe_load((path / "config.yaml").read_text()), lines)
+            what = "holds no runs (no config.yaml below it)" if folder.exists() else "does not exist"
+            raise ValueError(f"{folder} {what}; give folders that train.py wrote")
+        runs |= {path.resolve(): _read_run(path) for path in found}
     return list(runs.values())
+
+
+def _read_run(path: Path) -> Run:
+    metrics = path / "metrics.jsonl"
+    text = metrics.read_text() if metrics.is_file() else ""
+    try:
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: config.yaml or metrics.jsonl is damaged: {error}") from error
+    if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
+        raise ValueError(f"{path}/config.yaml is not one that train.py wrote; give folders that train.py wrote")
+    return Run(path, config, lines)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -134,13 +143,11 @@ def paper_top1(run: Run) -> str:
 def table(runs: list[Run]) -> list[dict[str, str]]:
     """The rows of the report."""
     groups = settings(runs)
-    means = {
-        k: mean(scores) for k, group in groups.items() if (scores := [r.top1 for r in group if r.finished and r.top1])
-    }
+    tops = {k: [r.top1 for r in group if r.finished and r.top1 is not None] for k, group in groups.items()}
+    means = {setting: mean(scores) for setting, scores in tops.items() if scores}
     rows = []
     for setting, group in groups.items():
-        done = [run for run in group if run.finished and run.top1 is not None]
-        scores = [run.top1 for run in done if run.top1 is not None]
+        scores = tops[setting]
         default = default_of(group[0]) + setting.removeprefix(group[0].setting)
         cost = group[0].complexity()
         row = {"setting": setting, "parameters (M)": f"{cost.params / 1e6:.2f}", "FLOPs (M)": f"{cost.flops / 1e6:.1f}"}
@@ -148,11 +155,13 @@ def table(runs: list[Run]) -> list[dict[str, str]]:
         row["deviation"] = f"{stdev(scores):.1f}" if len(scores) > 1 else ""
         compared = setting != default and setting in means and default in means
         row["to default"] = f"{means[setting] - means[default]:+.1f}" if compared else ""
-        row["paper, ImageNet"] = paper_top1(group[0])
+        row["paper, ImageNet"] = paper = paper_top1(group[0])
+        row["to paper"] = f"{means[setting] - float(paper):+.1f}" if scores and paper and "(" not in paper else ""
         speeds = [line["images_per_s"] for run in group for line in run.lines]
         row["images/s"] = f"{median(speeds):.0f}" if speeds else ""
         row["hours"] = f"{sum(line['seconds'] for run in group for line in run.lines) / 3600:.2f}"
-        row["runs"] = f"{len(done)}" + (f", {len(group) - len(done)} unfinished" if len(done) < len(group) else "")
+        unfinished = len(group) - len(scores)
+        row["runs"] = f"{len(scores)}, {unfinished} unfinished" if unfinished else f"{len(scores)}"
         rows.append(row)
     return rows
 
@@ -165,12 +174,21 @@ def as_text(rows: list[dict[str, str]], style: str) -> str:
         csv.writer(buffer, lineterminator="\n").writerows(cells)
         return buffer.getvalue()
     if style == "latex":
-        body = [" & ".join(c.replace("_", r"\_").replace("%", r"\%") for c in line) + r" \\" for line in cells]
-        columns = "l" + "r" * (len(cells[0]) - 1)
-        rules = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
+        body = [" & ".join(map(_in_latex, line)) + r" \\" for line in cells]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(cells[0]) - 1)}}}"
+        rules = [begin, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule"]
         return "\n".join([*rules, r"\end{tabular}", ""])
-    lines = ["| " + " | ".join(line) + " |" for line in cells]
+    lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in cells]
     return "\n".join([lines[0], "|---|" + "---:|" * (len(cells[0]) - 1), *lines[1:], ""])
+
+
+def _in_latex(cell: str) -> str:
+    """A cell with a minus for a minus, and LaTeX's own characters as themselves."""
+    if cell[:1] in ("+", "-"):
+        return f"${cell}$"
+    return "".join(
+        LATEX.get(character, rf"\{character}" if character in "&%$#_{}" else character) for character in cell
+    )
 
 
 def read_predictions(path: Path) -> dict[str, bool]:

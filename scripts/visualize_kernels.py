@@ -33,9 +33,9 @@ def draw(shown: Tensor, maps: Tensor, title: str, out: Path, groups: int) -> lis
     size = (1.4 * (groups + 1), 1.45 * len(shown) + 0.4)
     figure, axes = plt.subplots(len(shown), groups + 1, figsize=size, layout="constrained", squeeze=False)
     for row, picture, heat in zip(axes, shown, maps):
-        row[0].imshow(picture.permute(1, 2, 0))
+        row[0].imshow(picture.permute(1, 2, 0).numpy())
         for group, axis in enumerate(row[1:]):
-            axis.imshow(heat[group], cmap="jet", vmin=0, vmax=1)
+            axis.imshow(heat[group].numpy(), cmap="jet", vmin=0, vmax=1)
     for group, axis in enumerate(axes[0][1:]):
         axis.set_title(f"group {group + 1}", fontsize=8)
     for axis in axes.flat:

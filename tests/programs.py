@@ -50,11 +50,16 @@ def python(*arguments: str, timeout: float = 600, **environment: str) -> Finishe
 
 
 def in_process(program: str, *arguments: str) -> Finished:
-    """Run a program here, for cases that end before any work starts: a process costs seconds of imports."""
+    """Run a program here, for cases that end before any training starts: a process costs seconds of imports."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
     logging.getLogger("involution").handlers.clear()  # of an earlier call
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    with redirect_stdout(output), redirect_stderr(errors), patch.object(sys, "argv", [program, *arguments]):
+    with (
+        redirect_stdout(output),
+        redirect_stderr(errors),
+        patch.object(sys, "argv", [program, *arguments]),
+        patch.object(sys, "path", [str((ROOT / program).parent), *sys.path]),
+    ):
         try:
             runpy.run_path(str(ROOT / program), run_name="__main__")
         except SystemExit as leave:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import slurm
-from programs import ROOT, finish, python, start
+from programs import ROOT, finish, in_process, start
 from reliability import kill, outcome, saved_step, wait_until
 
 pytestmark = pytest.mark.slow
@@ -50,7 +50,7 @@ def check(process: subprocess.Popen[str], root: Path) -> str:
     assert done.result == {"sweep_dir": str(root / "grid"), "jobs": 4, "finished": 4, "failed": 0}
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"run_dir"')]
     assert sorted(result["run_dir"] for result in results) == [str(folder) for folder in jobs(root)]
-    report = python("scripts/report.py", str(root / "grid"), "--format", "csv")
+    report = in_process("scripts/report.py", str(root / "grid"), "--format", "csv")
     rows = list(csv.DictReader(report.stdout.splitlines()))
     assert [(row["setting"], row["runs"]) for row in rows] == [
         ("rednet26 kernel_size=3", "2"), ("rednet26 kernel_size=5", "2")

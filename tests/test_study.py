@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
-from programs import python, torchrun
+from programs import ROOT, in_process, python, torchrun
 
 JOBS = ["model.kernel_size=3,7", "seed=0,1"]
 TINY = ["recipe=demo", "device=cpu", "data.workers=1", "train.max_steps=2", "train.log_every_steps=1"]
@@ -50,7 +50,7 @@ def test_predictions_have_each_image_once(predictions):
 
 
 def test_predictions_need_a_place(jobs):
-    refused = python("eval.py", f"checkpoint='{jobs[0]}'", "predictions=nowhere/a.csv")
+    refused = in_process("eval.py", f"checkpoint='{jobs[0]}'", "predictions=nowhere/a.csv")
     assert refused.status == 2
     assert "a folder that exists" in refused.stderr
 
@@ -58,7 +58,7 @@ def test_predictions_need_a_place(jobs):
 def test_the_report_averages_seeds_and_marks_unfinished_runs(study, jobs, tmp_path):
     folder = shutil.copytree(study, tmp_path / "sweep")
     (folder / jobs[-1].name / "summary.json").unlink()
-    finished = python("scripts/report.py", str(folder), "--format", "csv", "--out", str(tmp_path / "table.csv"))
+    finished = in_process("scripts/report.py", str(folder), "--format", "csv", "--out", str(tmp_path / "table.csv"))
     assert finished.status == 0, finished.stderr
     with open(tmp_path / "table.csv", newline="") as file:
         three, seven = csv.DictReader(file)
@@ -67,31 +67,60 @@ def test_the_report_averages_seeds_and_marks_unfinished_runs(study, jobs, tmp_pa
     assert three["deviation"]
     assert float(three["to default"]) == pytest.approx(float(three["top-1 (%)"]) - float(seven["top-1 (%)"]), abs=0.11)
     assert (three["paper, ImageNet"], seven["paper, ImageNet"]) == ("", "75.9")
+    assert float(seven["to paper"]) == pytest.approx(float(seven["top-1 (%)"]) - 75.9, abs=0.11)
+    assert three["to paper"] == ""
     assert float(seven["parameters (M)"]) == pytest.approx(7.20, abs=0.01)
     for style, beginning in (("markdown", "| setting |"), ("latex", r"\begin{tabular}")):
-        finished = python("scripts/report.py", str(study), "--format", style)
+        finished = in_process("scripts/report.py", str(study), "--format", style)
         assert finished.stdout.startswith(beginning), finished.stderr
 
 
-def test_a_report_over_other_folders_says_so(tmp_path):
-    refused = python("scripts/report.py", str(tmp_path))
+def test_latex_gets_its_own_characters_escaped(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from report import as_text
+
+    rows = [{"setting": r"a_b & 5% {~^#$\}", "to default": "-0.1"}]
+    assert as_text(rows, "latex").splitlines() == [
+        r"\begin{tabular}{lr}", r"\toprule", r"setting & to default \\", r"\midrule",
+        r"a\_b \& 5\% \{\textasciitilde{}\textasciicircum{}\#\$\textbackslash{}\} & $-0.1$ \\",
+        r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "nothing does not exist"),
+        ({}, "holds no runs"),
+        ({"config.yaml": "a: 1"}, "not one that train.py wrote"),
+        ({"config.yaml": "a: ["}, "is damaged"),
+        ({"config.yaml": "a: 1", "metrics.jsonl": "{\n"}, "is damaged"),
+    ],
+)
+def test_a_report_over_other_folders_says_so(tmp_path, content, message):
+    folder = tmp_path / "nothing"
+    if content is not None:
+        folder.mkdir()
+        for name, text in content.items():
+            (folder / name).write_text(text)
+    refused = in_process("scripts/report.py", str(folder))
     assert refused.status == 2
-    assert "holds no runs" in refused.stderr
+    assert message in refused.stderr
 
 
 def test_two_runs_are_compared_image_by_image(predictions, jobs):
-    finished = python("scripts/report.py", "--compare", *map(str, predictions))
+    finished = in_process("scripts/report.py", "--compare", *map(str, predictions))
     assert finished.status == 0, finished.stderr
     assert "of 355 images" in finished.stdout
     assert "McNemar, exact: p = " in finished.stdout
-    refused = python("scripts/report.py", "--compare", str(jobs[0]), str(jobs[1]))
+    refused = in_process("scripts/report.py", "--compare", str(jobs[0]), str(jobs[1]))
     assert refused.status == 2
     assert "eval.py checkpoint=" in refused.stderr
 
 
 def test_figures_of_the_runs(study, tmp_path):
     for program, *words in (("plot_accuracy.py", "--out", "a"), ("plot_curves.py", "--mean", "--out", "b.png")):
-        finished = python(f"scripts/{program}", str(study), *words[:-1], str(tmp_path / words[-1]))
+        finished = in_process(f"scripts/{program}", str(study), *words[:-1], str(tmp_path / words[-1]))
         assert finished.status == 0, finished.stderr
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
@@ -103,7 +132,7 @@ def test_figure_3_of_ones_own_pictures(jobs, tmp_path):
     (tmp_path / "b.jpg").write_text("no picture")
 
     def draw(*words):
-        return python("scripts/visualize_kernels.py", str(jobs[0]), *words, "--out", str(tmp_path / "kernels"))
+        return in_process("scripts/visualize_kernels.py", str(jobs[0]), *words, "--out", str(tmp_path / "kernels"))
 
     finished = draw(str(tmp_path / "a.png"))
     assert finished.status == 0, finished.stderr
