@@ -3,6 +3,7 @@
 ``import timm`` together with ``import involution``, in either order, and ``timm.create_model("rednet50")`` works.
 """
 
+from involution.folding import fold
 from involution.layers import Involution2d
 from involution.loading import load
 from involution.models import create_model
@@ -12,4 +13,4 @@ from involution.ops import involution2d
 register_with_timm()
 
 __version__ = "0.1.0"
-__all__ = ["Involution2d", "__version__", "create_model", "involution2d", "load"]
+__all__ = ["Involution2d", "__version__", "create_model", "fold", "involution2d", "load"]

@@ -23,16 +23,18 @@ class InvolutionStem(nn.Module):
         width = STAGE_WIDTHS[0] // 2
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.act1 = nn.ReLU(inplace=True)
         self.conv2 = Involution2d(width, kernel_size, **involution)
         self.bn2 = nn.BatchNorm2d(width)
+        self.act2 = nn.ReLU(inplace=True)
         self.conv3 = nn.Conv2d(width, STAGE_WIDTHS[0], 3, 1, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(STAGE_WIDTHS[0])
-        self.relu = nn.ReLU(inplace=True)
+        self.act3 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.relu(self.bn3(self.conv3(x)))
+        x = self.act1(self.bn1(self.conv1(x)))
+        x = self.act2(self.bn2(self.conv2(x)))
+        return self.act3(self.bn3(self.conv3(x)))
 
 
 class RedNet(BottleneckNetwork):

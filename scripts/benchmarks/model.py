@@ -6,7 +6,6 @@ Each side runs in every variant, all interleaved; what counts is best against be
 import argparse
 import copy
 import csv
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks import timing
 from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import REPOSITORY, fill_heap
 from benchmarks.report import Report, Row
-from involution import create_model
+from involution import create_model, fold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
@@ -46,23 +44,6 @@ def trained(name: str, side: int, device: str) -> nn.Module:
     return model.eval()
 
 
-def folded(model: nn.Module) -> nn.Module:
-    """A copy in which every convolution has taken up the BatchNorm right behind it."""
-
-    def fold(module: nn.Module) -> None:
-        children = list(module.named_children())
-        for (first, conv), (second, norm) in itertools.pairwise(children):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, fuse_conv_bn_eval(conv, norm))
-                setattr(module, second, nn.Identity())
-        for _, child in children:
-            fold(child)
-
-    model = copy.deepcopy(model)
-    fold(model)
-    return model
-
-
 def frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Compiled by inductor with the weights as constants, which folds and packs them too."""
     compiled = torch.compile(model, dynamic=False)
@@ -78,7 +59,7 @@ def inference_variants(name: str, args: argparse.Namespace) -> dict[str, Callabl
     """Variant -> callable; all give the same logits."""
     dtype = DTYPES[args.dtype]
     model = trained(name, args.side, args.device)
-    variants: dict[str, Any] = {"eager": model.to(dtype), "folded": folded(model.float()).to(dtype)}
+    variants: dict[str, Any] = {"eager": model.to(dtype), "folded": fold(model.float()).to(dtype)}
     if args.compile:
         variants["compiled"] = frozen(copy.deepcopy(variants["folded"]))
     x = images(2, args.side, args.device, dtype)

@@ -150,7 +150,8 @@ INLINE void each_register(int64_t channel, int64_t channels, F f) {
 
 // Strips of one tile, forward: x is the image of the unit, out its output image (dense channels_last).
 template <class A, int K, int S>
-NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* x, A* out, int64_t outside) {
+NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* x, A* out, int64_t outside,
+                           Finish<A> finish) {
     const Window w = p.window();
     const Places steps{p.x_row, p.x_pixel, outside};
     int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
@@ -166,7 +167,7 @@ NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& ti
             for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
                 each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
                     Block<A, K, S, P, decltype(lanes)::value>::forward(
-                        p.size, first, last, x + c, places, kernel, tile.pixel_step, to + c, p.channels);
+                        p.size, first, last, x + c, places, kernel, tile.pixel_step, to + c, p.channels, finish, c);
                 });
         });
 }

@@ -2,7 +2,7 @@
 // together in the type of the sums; else tile by tile through a converted copy.
 #include <cstring>
 
-#include "fused.h"
+#include "folded.h"
 
 typedef uint16_t Half;  // bfloat16
 
@@ -79,7 +79,7 @@ void forward(const Problem& p, const A* x, const T* kernel, A* out) {
                 with_window<A>(p, [&](auto k, auto s) {
                     tile_forward<A, decltype(k)::value, decltype(s)::value>(
                         p, unit, tile, image, out + unit.image * p.out_height * p.out_width * p.channels,
-                        zeros.data() - image);
+                        zeros.data() - image, Finish<A>{});
                 });
             });
         });
@@ -155,6 +155,11 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
                                          const A* weight, const A* bias, A* grad_x, A* grad_reduced, A* grad_weight, \
                                          A* grad_bias) {                                                             \
         span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);             \
+    }                                                                                                                \
+    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* reduce, const A* reduce_bias,       \
+                                          const A* span, const A* span_bias, const A* scale, const A* shift,         \
+                                          A* out) {                                                                  \
+        folded_forward(*p, x, reduce, reduce_bias, span, span_bias, scale, shift, out);                              \
     }
 SPAN(float, float)
 SPAN(double, double)

@@ -54,6 +54,22 @@ INLINE void pixel_taps(const A* kernel, int64_t step, const A** out) {
     });
 }
 
+// What becomes of an output before it is stored: max(0, scale * value + shift), one of each a channel; or nothing.
+template <class A>
+struct Finish {
+    const A *scale = nullptr, *shift = nullptr;
+
+    template <int P, class V>
+    INLINE void apply(int64_t channel, V* values) const {
+        if (!scale) return;
+        const V factor = load<V>(scale + channel), addend = load<V>(shift + channel);
+        unroll<P>([&](auto p) INLINED {
+            const V value = values[p] * factor + addend;
+            values[p] = value < V{} ? V{} : value;  // in this order NaN stays NaN
+        });
+    }
+};
+
 // K, S: kernel size and stride as constants (K = 0: take them from the window); P: pixels; N: lanes.
 template <class A, int K, int S, int P, int N>
 struct Block {
@@ -62,7 +78,7 @@ struct Block {
 
     static INLINE void forward(int64_t size, int64_t first, int64_t last, const A* __restrict x,
                                const int64_t* __restrict places, const A* __restrict kernel, int64_t kernel_step,
-                               A* __restrict out, int64_t out_step) {
+                               A* __restrict out, int64_t out_step, const Finish<A>& finish, int64_t channel) {
         V sum[P] = {};
         for (int64_t u = first; u < last; ++u) {
             if constexpr (K > 0) {
@@ -81,6 +97,7 @@ struct Block {
                     unroll<P>([&](auto p) INLINED { sum[p] += kernel[p * kernel_step + t] * load<V>(x + places[t * P + p]); });
             }
         }
+        finish.template apply<P>(channel, sum);
         unroll<P>([&](auto p) INLINED { store(out + p * out_step, sum[p]); });
     }
 

@@ -1,0 +1,75 @@
+// Inference: an involution layer with the BatchNorm and the ReLU behind it in one call, its weights packed beforehand.
+//   hidden = max(0, reduce x pool(x) + bias)      kernels = span x hidden + bias      out = max(0, scale * sum + shift)
+#pragma once
+#include "fused.h"
+
+template <class A>
+struct Generator {
+    const Problem& p;
+    const A* x;
+    Panels<A> reduce;
+    int64_t step;  // R in whole registers
+
+    // Output pixels [first, last), counted over all images, to hidden [last - first][step].
+    void make_hidden(int64_t first, int64_t last, A* hidden) const {
+        const int64_t area = p.out_height * p.out_width;
+        const bool in_place = p.stride == 1 && p.x_row == p.width * p.x_pixel;
+        for (int64_t n; first < last; first += n, hidden += n * step) {
+            const int64_t image = first / area, pixel = first % area;
+            n = std::min({4 * int64_t(kBlockRows), last - first, area - pixel});
+            const A* from = x + image * p.x_batch;
+            if (in_place)
+                reduce.multiply(n, from + pixel * p.x_pixel, p.x_pixel, 0, step, hidden, step);
+            else
+                reduce.multiply(n, pool(from, pixel, n), p.channels, 0, step, hidden, step);
+            for (int64_t i = 0; i < n * step; ++i) hidden[i] = hidden[i] < A(0) ? A(0) : hidden[i];
+        }
+    }
+
+    // The stride x stride cells of n output pixels, [n][C]; cells at the border average the pixels they have.
+    const A* pool(const A* image, int64_t pixel, int64_t n) const {
+        A* pooled = scratch<A>(3, n * p.channels);
+        for (A* to = pooled; n > 0; ++pixel, --n, to += p.channels) {
+            const int64_t top = pixel / p.out_width * p.stride, bottom = std::min(top + p.stride, p.height);
+            const int64_t left = pixel % p.out_width * p.stride, right = std::min(left + p.stride, p.width);
+            std::fill(to, to + p.channels, A(0));
+            for (int64_t y = top; y < bottom; ++y)
+                for (int64_t z = left; z < right; ++z) add(image + y * p.x_row + z * p.x_pixel, to);
+            const A share = A(1) / A((bottom - top) * (right - left));
+            for (int64_t c = 0; c < p.channels; ++c) to[c] *= share;
+        }
+        return pooled;
+    }
+
+    void add(const A* __restrict from, A* __restrict to) const {
+        for (int64_t c = 0; c < p.channels; ++c) to[c] += from[c];
+    }
+};
+
+template <class A>
+void folded_forward(const Problem& p, const A* x, const A* reduce, const A* reduce_bias, const A* span,
+                    const A* span_bias, const A* scale, const A* shift, A* out) {
+    const Division division(p, true);
+    const std::vector<A> zeros(p.channels, A(0));
+    const Generator<A> generator{p, x, {reduce, reduce_bias, p.channels}, whole_registers<A>(p.hidden)};
+    const int64_t area = p.out_height * p.out_width, step = generator.step;
+    const bool whole_images = division.units(p) == p.batch;  // each thread makes what it needs, an image at a time
+    A* hidden = whole_images ? nullptr : scratch<A>(5, p.batch * area * step);
+    if (!whole_images)
+        on_threads(p.threads, [&](int thread, int count) {
+            const int64_t first = p.batch * area * thread / count, last = p.batch * area * (thread + 1) / count;
+            generator.make_hidden(first, last, hidden + first * step);
+        });
+    on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
+        each_of(division.units(p), thread, count, [&](int64_t n) {
+            const Unit unit = division.unit(p, n, thread);
+            const A* reduced = hidden;
+            if (whole_images) {
+                A* own = scratch<A>(5, area * step);
+                generator.make_hidden(n * area, (n + 1) * area, own);
+                reduced = own - n * area * step;
+            }
+            span_forward<A>({p, reduced, step, {span, span_bias, p.hidden}}, unit, x, zeros.data(), {scale, shift}, out);
+        });
+    });
+}
