@@ -48,26 +48,27 @@ def test_model(tmp_path: Path) -> None:
     assert row["best ResNet / best RedNet"]["median"] > 0
 
 
-def test_table_2_has_the_papers_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_2_is_the_papers_with_ours_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend("scripts")
-    from benchmarks.model import table2
+    from benchmarks.report import Report
+    from benchmarks.table2 import table2
 
-    measured = {
-        "depth": 50,
-        "batch": 1,
-        "ResNet eager (ms)": 40.0,
-        "ResNet folded (ms)": 30.0,
-        "RedNet eager (ms)": 20.0,
-    }
-    resnet, rednet = table2([measured], "cpu")
-    assert (rednet["architecture"], rednet["paper GPU (ms)"], rednet["paper CPU (ms)"]) == (
-        "RedNet-50",
-        "14.3",
-        "211.2",
-    )
-    assert rednet["ResNet-50's / this"] == pytest.approx(1.5)
-    assert rednet["the same in the paper"] == pytest.approx(895.4 / 211.2)
-    assert resnet["cpu best (ms)"] == 30.0
+    both = {"ResNet eager (ms)": 40.0, "ResNet folded (ms)": 30.0, "RedNet eager (ms)": 20.0}
+    measured = [{"depth": 50, "batch": 1, **both}, {"depth": 101, "batch": 1, "ResNet eager (ms)": 70.0}]
+    rows = table2(measured, "cpu")
+    assert [row["architecture"] for row in rows] == [
+        "ResNet-50", "ResNet-101", "SAN19", "Axial ResNet-S", "RedNet-38", "RedNet-50"
+    ]  # fmt: skip
+    resnet, deep, foreign, _, _, rednet = rows
+    assert (rednet["paper GPU (ms)"], rednet["paper CPU (ms)"], rednet["paper top-1 (%)"]) == ("14.3", "211.2", "78.4")
+    assert rednet["ResNet-50's / this, ours"] == pytest.approx(1.5)
+    assert rednet["ResNet-50's / this, paper's CPU"] == pytest.approx(895.4 / 211.2)
+    assert (resnet["our CPU, eager (ms)"], resnet["our CPU, best (ms)"], deep["our CPU, best (ms)"]) == (40, 30, 70)
+    assert foreign["our CPU, best (ms)"] is None
+    assert foreign["ResNet-50's / this, paper's CPU"] is None
+    assert table2(measured, "cuda")[2]["ResNet-50's / this, paper's GPU"] == pytest.approx(11.4 / 33.2)
+    assert table2([{"depth": 26, "batch": 1, **both}], "cpu") == []
+    Report("", {}).table("rows of unequal keys", measured)
 
 
 def test_loop(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ Each side runs in every variant, all interleaved; what counts is best against be
 
 import argparse
 import copy
-import csv
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from benchmarks import timing
 from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
-from benchmarks.machine import REPOSITORY, fill_heap
+from benchmarks.machine import fill_heap
 from benchmarks.report import Report, Row
+from benchmarks.table2 import NOTE, table2
 from involution import create_model, fold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -143,30 +143,6 @@ def peak_memory(name: str, batch: int, side: int, device: str, dtype: str) -> fl
     return memory.mib
 
 
-def table2(rows: list[Row], device: str) -> list[Row]:
-    """The paper's Table 2 with the latencies measured here (batch 1, the best variant) beside the paper's."""
-    with open(REPOSITORY / "docs" / "paper" / "table2_runtime.csv", newline="") as file:
-        paper = {line["architecture"]: line for line in csv.DictReader(file)}
-    column = "gpu_ms" if device == "cuda" else "cpu_ms"
-    result = []
-    for measured in (r for r in rows if r["batch"] == 1):
-        for kind in kinds(measured["depth"]):
-            name = f"{kind}-{measured['depth']}"
-            own = [v for k, v in measured.items() if k.startswith(kind) and v is not None]
-            if name in paper:
-                eager = measured[f"{kind} eager (ms)"]
-                line = {"architecture": name, f"{device} eager (ms)": eager, f"{device} best (ms)": min(own)}
-                result.append(line | {"paper GPU (ms)": paper[name]["gpu_ms"], "paper CPU (ms)": paper[name]["cpu_ms"]})
-                result[-1]["_paper"] = float(paper[name][column])
-    base = next((r for r in result if r["architecture"] == "ResNet-50"), None)
-    for r in result:
-        theirs = r.pop("_paper")
-        if base is not None:
-            r["ResNet-50's / this"] = base[f"{device} best (ms)"] / r[f"{device} best (ms)"]
-            r["the same in the paper"] = float(paper["ResNet-50"][column]) / theirs
-    return result
-
-
 def run(args: argparse.Namespace, report: Report) -> None:
     if args.quick:
         args.depth, args.batch, args.train_batch, args.side, args.compile = [26], [1], 2, 32, False
@@ -181,7 +157,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         note = "eager; folded: BatchNorm in the convolutions; compiled: inductor with freezing, of the folded model."
         report.table(f"Inference, {settings}", rows, note)
         if found := table2(rows, args.device):
-            report.table("The paper's Table 2 (latency of one image)", found)
+            report.table("The paper's Table 2 (latency of one image)", found, NOTE)
     if "breakdown" in parts:
         variant = "compiled" if args.compile else "folded"
         for batch in args.batch:

@@ -36,9 +36,9 @@ class Report:
         print(text + "\n", flush=True)
 
     def table(self, title: str, rows: list[Row], note: str = "") -> None:
-        """Rows with the same keys, which become the columns; `note` says how to read them."""
-        columns = list(rows[0])
-        cells = [columns] + [[_text(row[column]) for column in columns] for row in rows]
+        """The rows' keys become the columns, empty where a row has no such key; `note` says how to read them."""
+        columns = list({key: None for row in rows for key in row})
+        cells = [columns] + [[_text(row.get(column)) for column in columns] for row in rows]
         widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
         lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in cells]
         lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
