@@ -5,7 +5,7 @@
     python scripts/report.py --compare RUN_A RUN_B                       McNemar's test on the same images
 
 Top-1 is that of the last epoch. "To default" is the difference to the same model (for a ResNet the RedNet of its depth)
-and stem with nothing else changed. The paper's figures are for ImageNet (docs/paper), "to paper" is for the same model.
+and stem with nothing else changed. The paper's figures (docs/paper) and the difference to them are for ImageNet.
 --compare takes what `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, or folders with a predictions.csv.
 """
 
@@ -52,15 +52,13 @@ class Run:
     @property
     def options(self) -> dict[str, Any]:
         """What differs from the model's defaults."""
-        return {
-            k: v for k, v in self.config["model"].items() if k in DEFAULTS and k != "num_classes" and v != DEFAULTS[k]
-        }
+        model = self.config["model"]
+        return {k: v for k, v in model.items() if k in DEFAULTS and k != "num_classes" and v != DEFAULTS[k]}
 
     @property
     def setting(self) -> str:
-        return " ".join(
-            [self.config["model"]["name"], *(f"{k}={'C' if v is None else v}" for k, v in self.options.items())]
-        )
+        options = (f"{k}={'C' if v is None else v}" for k, v in self.options.items())
+        return " ".join([self.config["model"]["name"], *options])
 
     def complexity(self) -> Complexity:
         side = self.config["data"]["val_size"]
@@ -156,7 +154,8 @@ def table(runs: list[Run]) -> list[dict[str, str]]:
         compared = setting != default and setting in means and default in means
         row["to default"] = f"{means[setting] - means[default]:+.1f}" if compared else ""
         row["paper, ImageNet"] = paper = paper_top1(group[0])
-        row["to paper"] = f"{means[setting] - float(paper):+.1f}" if scores and paper and "(" not in paper else ""
+        same = scores and group[0].config["model"]["num_classes"] == 1000 and paper and "(" not in paper
+        row["to paper"] = f"{means[setting] - float(paper):+.1f}" if same else ""
         speeds = [line["images_per_s"] for run in group for line in run.lines]
         row["images/s"] = f"{median(speeds):.0f}" if speeds else ""
         row["hours"] = f"{sum(line['seconds'] for run in group for line in run.lines) / 3600:.2f}"
@@ -199,7 +198,8 @@ def read_predictions(path: Path) -> dict[str, bool]:
     """
     file = path / "predictions.csv" if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file} does not exist; write it with: python eval.py checkpoint={path} predictions={file}")
+        command = f"""python eval.py "checkpoint='{path}'" "predictions='{file}'\""""
+        raise ValueError(f"{file} does not exist; write it with: {command}")
     with open(file, newline="") as opened:
         rows = csv.DictReader(opened)
         if not {"path", "correct"} <= set(rows.fieldnames or ()):
