@@ -92,8 +92,9 @@ def running() -> Iterator[dict[str, str]]:
         _start(folder, daemons, environment)
         yield environment
     finally:
-        cancel_all(environment, "--signal=KILL", "--full")
-        cancel_all(environment)
+        if daemons:
+            cancel_all(environment, "--signal=KILL", "--full")
+            cancel_all(environment)
         for daemon in reversed(daemons):
             daemon.terminate()
             try:
@@ -135,11 +136,9 @@ def _start(folder: Path, daemons: list[subprocess.Popen[bytes]], environment: di
         if command[0] == "munged":
             _wait_for(lambda: (folder / "munge.socket").exists(), daemons, environment)
     _wait_for(lambda: _ask(["sinfo", "-h", "-o", "%T"], environment) == "idle", daemons, environment)
-    trial = ["sbatch", "--wait", "--ntasks=2", f"--output={folder}/trial.out", "--wrap=srun echo a rank"]
-    _ask(trial, environment)
-    written = folder / "trial.out"
-    if not written.exists() or written.read_text() != 2 * "a rank\n":
-        raise NotStarted(f"SLURM started, but a job of two ranks did not run:\n{logs(environment)}")
+    ran = folder / "trial.out"
+    _ask(["sbatch", "--ntasks=2", f"--output={ran}", "--wrap=srun echo rank"], environment)
+    _wait_for(lambda: ran.exists() and ran.read_text().split() == ["rank", "rank"], daemons, environment)
 
 
 def logs(environment: dict[str, str]) -> str:
