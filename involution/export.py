@@ -109,7 +109,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError('onnxscript is missing; install the export extra: pip install "involution[export]"') from error
+        raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     torch.onnx.export(export_program(model), (), path, external_data=False, verbose=False, **options)
 
@@ -138,9 +138,7 @@ def save_safetensors(
     try:
         from safetensors.torch import save_file
     except ImportError as error:
-        raise ValueError(
-            'safetensors is missing; install the export extra: pip install "involution[export]"'
-        ) from error
+        raise ValueError("this needs safetensors: pip install safetensors") from error
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     name, options = describe(state)
     if class_names and len(class_names) != options["num_classes"]:

@@ -87,12 +87,21 @@ def test_every_block_says_whether_it_is_run(page):
     assert set(fences[::2]) <= {"", "bash", "python"}, f"{page.name}: write bash, python, or nothing for output"
 
 
+@pytest.fixture(scope="module")
+def done() -> set[str]:
+    """The blocks that have run: what two pages have in common runs once."""
+    return set()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if runnable(page)], ids=lambda page: page.name)
-def test_blocks_run(page, folder):
+def test_blocks_run(page, folder, done):
     for block in runnable(page):
+        if block.code in done:
+            continue
         finished = run(as_run(block), folder)
         assert finished.returncode == 0, f"{block}\n{block.code}\n{finished.stderr}"
+        done.add(block.code)
     if page.name == "use.md":
         for made in ("sheet.png", "predictions.csv", "runs/photos/summary.json"):
             assert (folder / made).stat().st_size > 0, made

@@ -59,16 +59,15 @@ def photos(tmp_path_factory) -> Path:
     return folder
 
 
-def same_outputs(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    images = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        return torch.allclose(a(images), b(images), atol=1e-5)
+def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    one, other = a.state_dict(), b.state_dict()
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_run_gives_its_averaged_model_its_preparation_and_its_classes(run, model):
     for checkpoint in (run, str(run / "checkpoints" / "best.pt")):
         loaded = involution.load(checkpoint)
-        assert same_outputs(loaded.model, model)
+        assert same_weights(loaded.model, model)
         assert not loaded.model.training
         assert loaded.class_names == ("cat", "dog", "newt")
         pixels = loaded.transform(Image.new("CMYK", (50, 90)))
@@ -81,7 +80,7 @@ def test_a_run_gives_its_averaged_model_its_preparation_and_its_classes(run, mod
 def test_safetensors_keep_preparation_and_classes(run, model, tmp_path):
     save_safetensors(model, tmp_path, NAMES, preparation=PREPARATION)
     loaded, source = involution.load(tmp_path / "model.safetensors"), involution.load(run)
-    assert same_outputs(loaded.model, model)
+    assert same_weights(loaded.model, model)
     assert loaded.class_names == source.class_names
     assert repr(loaded.transform) == repr(source.transform)
 
