@@ -35,6 +35,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="of an aoti package")
     arguments = parser.parse_args()
     try:
+        if not arguments.out.absolute().parent.is_dir():
+            raise ValueError(f"there is no folder {arguments.out.parent} to write to")
         model, class_names, data = open_checkpoint(arguments.checkpoint)
         model.to(torch.device(arguments.device)).eval()
         if arguments.format == "safetensors":

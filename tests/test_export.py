@@ -110,15 +110,22 @@ def test_safetensors_with_a_model_card(tmp_path):
         export.save_safetensors(model, tmp_path, ["cat"])
 
 
-@pytest.mark.parametrize("checkpoint", ["model.pt", "none.pt"])
-def test_the_script(tmp_path, monkeypatch, capsys, checkpoint):
+@pytest.mark.parametrize(
+    ("checkpoint", "out", "error"),
+    [
+        ("model.pt", "out", None),
+        ("none.pt", "out", "there is no checkpoint"),
+        ("model.pt", "none/out.onnx", "there is no folder"),
+    ],
+)
+def test_the_script(tmp_path, monkeypatch, capsys, checkpoint, out, error):
     torch.save(involution.create_model("resnet26", num_classes=2).state_dict(), tmp_path / "model.pt")
     script = runpy.run_path(str(ROOT / "scripts" / "export.py"))
-    command = ["export.py", str(tmp_path / checkpoint), str(tmp_path / "out"), "--format", "safetensors"]
+    command = ["export.py", str(tmp_path / checkpoint), str(tmp_path / out), "--format", "safetensors"]
     monkeypatch.setattr(sys, "argv", command)
-    if checkpoint == "none.pt":
+    if error:
         assert script["main"]() == 2
-        assert capsys.readouterr().err.startswith("error: there is no checkpoint")
+        assert capsys.readouterr().err.startswith(f"error: {error}")
     else:
         assert script["main"]() == 0
         assert load_model(tmp_path / "out" / "model.safetensors").num_classes == 2

@@ -168,8 +168,11 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     """Hydra's message, with the nearest valid key or group option."""
     text = str(error).strip()
     if "override_grammar" in text:
+        first = text.splitlines()[0].removeprefix("LexerNoViableAltException: ")
+        if "=~" in first:
+            return f"{first}: write $HOME instead of ~, which shells leave as it is here"
         return (
-            f"{text.splitlines()[0]}. A value with blanks, brackets or commas needs quotes of its own, inside "
+            f"{first}. A value with blanks, brackets or commas needs quotes of its own, inside "
             "the shell's: 'images=\"my photo (1).jpg\"'"
         )
     if key := re.search(r"Could not override '([^']+)'", text):
