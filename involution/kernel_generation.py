@@ -7,9 +7,12 @@ Both functions end in a 1x1 convolution, ``span``. What comes before it is ``hid
 to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+from involution.remake import norm_act
 
 
 def stride_pool(stride: int) -> nn.Module:
@@ -34,6 +37,10 @@ class SpanGeneration(nn.Module):
         """(B, C, H, W) -> (B, R, Ho, Wo): everything before the last convolution."""
         raise NotImplementedError
 
+    def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``layer(hidden(x))``."""
+        return layer(self.hidden(x))
+
     def forward(self, x: Tensor) -> Tensor:
         return self.span(self.hidden(x))
 
@@ -55,6 +62,10 @@ class BottleneckGeneration(SpanGeneration):
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.reduce(self.pool(x))))
+
+    def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``layer(hidden(x))``, which does not keep the hidden tensor for the backward."""
+        return norm_act(self.reduce(self.pool(x)), self.norm, self.act, layer)
 
 
 class LinearGeneration(SpanGeneration):

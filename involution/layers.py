@@ -1,5 +1,7 @@
 """Involution2d: kernel generation and operator as one layer, a drop-in for a K x K convolution C -> C."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -72,12 +74,14 @@ class Involution2d(nn.Module):
             padding = self.dilation * (self.kernel_size - 1) // 2
             return torch.ops.involution.involution2d(x, kernel, self.stride, padding, self.dilation)
         if isinstance(generation, SpanGeneration):
-            reduced, span = generation.hidden(x), generation.span
-            return span_involution2d(
-                x, reduced, span.weight, span.bias, self.kernel_size, stride=self.stride, dilation=self.dilation
-            )
+            return generation.into(partial(self._fused, x, generation.span), x)
         kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
         return involution2d(x, kernel, stride=self.stride, dilation=self.dilation)
+
+    def _fused(self, x: Tensor, span: nn.Conv2d, hidden: Tensor) -> Tensor:
+        return span_involution2d(
+            x, hidden, span.weight, span.bias, self.kernel_size, stride=self.stride, dilation=self.dilation
+        )
 
     def extra_repr(self) -> str:
         """The arguments that are not visible in the generator's own lines."""

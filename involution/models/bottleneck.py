@@ -57,11 +57,13 @@ class Bottleneck(nn.Module):
             )
         self.act3 = nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor) -> Tensor:
+        """The three convolutions, up to the last BatchNorm."""
         y = self.act1(self.bn1(self.conv1(x)))
-        y = self.act2(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.act3(y + self.downsample(x))
+        return self.conv3(self.act2(self.bn2(self.conv2(y))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act3(self.bn3(self.branch(x)) + self.downsample(x))
 
 
 class BottleneckNetwork(nn.Module):
@@ -69,7 +71,7 @@ class BottleneckNetwork(nn.Module):
 
     Args:
         stem: maps images to 64 channels at half their resolution.
-        spatial: makes the spatial layer of every block.
+        block: makes a bottleneck from (in_channels, width, stride, dilation).
         depths: blocks of the four stages.
         num_classes: 0 for no classifier (the pooled features come out).
         output_stride: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate instead.
@@ -88,7 +90,7 @@ class BottleneckNetwork(nn.Module):
     def __init__(
         self,
         stem: nn.Module,
-        spatial: SpatialLayer,
+        block: Callable[[int, int, int, int], Bottleneck],
         depths: Sequence[int],
         num_classes: int = 1000,
         output_stride: int = 32,
@@ -107,9 +109,9 @@ class BottleneckNetwork(nn.Module):
             if net_stride * stride > output_stride:
                 stride, dilation = 1, dilation * stride
             net_stride *= stride
-            blocks = [Bottleneck(in_channels, width, stride, first_dilation, spatial)]
+            blocks = [block(in_channels, width, stride, first_dilation)]
             in_channels = width * EXPANSION
-            blocks += [Bottleneck(in_channels, width, 1, dilation, spatial) for _ in range(depth - 1)]
+            blocks += [block(in_channels, width, 1, dilation) for _ in range(depth - 1)]
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"module": f"layer{i + 1}", "num_chs": in_channels, "reduction": net_stride})
         self.num_features = in_channels
@@ -128,7 +130,7 @@ class BottleneckNetwork(nn.Module):
             fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
             nn.init.normal_(fc.weight, std=0.01)
             nn.init.zeros_(fc.bias)
-            self.fc = fc
+            self.fc = fc.train(self.training)
 
     def freeze(self, stages: int | Sequence[str]) -> None:
         """Leave a part as it is while the rest trains: no gradients, BatchNorm in evaluation mode throughout.

@@ -4,13 +4,16 @@ RedNet-26/38/50/101/152 have 9.233 / 12.387 / 15.541 / 25.653 / 33.985 M paramet
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from involution.checks import check_odd, check_positive
 from involution.layers import Involution2d
-from involution.models.bottleneck import STAGE_WIDTHS, BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
+from involution.remake import norm_act
 
 
 class InvolutionStem(nn.Module):
@@ -31,10 +34,22 @@ class InvolutionStem(nn.Module):
         self.bn3 = nn.BatchNorm2d(STAGE_WIDTHS[0])
         self.act3 = nn.ReLU(inplace=True)
 
+    def branch(self, x: Tensor) -> Tensor:
+        """The three layers, up to the last BatchNorm."""
+        if torch.jit.is_scripting():
+            y = self.conv2(self.act1(self.bn1(self.conv1(x))))
+            return self.conv3(self.act2(self.bn2(y)))
+        y = norm_act(self.conv1(x), self.bn1, self.act1, self.conv2)
+        return norm_act(y, self.bn2, self.act2, self.conv3)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.act1(self.bn1(self.conv1(x)))
-        x = self.act2(self.bn2(self.conv2(x)))
-        return self.act3(self.bn3(self.conv3(x)))
+        return self.act3(self.bn3(self.branch(x)))
+
+
+class InvolutionBottleneck(Bottleneck):
+    """A bottleneck that in training keeps each of its two activations only once (``involution.remake``)."""
+
+    branch = InvolutionStem.branch
 
 
 class RedNet(BottleneckNetwork):
@@ -81,7 +96,8 @@ class RedNet(BottleneckNetwork):
             stem_module = ConvolutionStem(in_chans)
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
-        super().__init__(stem_module, spatial, depths, num_classes, output_stride, zero_init_residual)
+        block = partial(InvolutionBottleneck, spatial=spatial)
+        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual)
 
 
 def rednet26(**options: Any) -> RedNet:

@@ -4,11 +4,12 @@ ResNet-50 has torchvision's parameters under torchvision's names, but for the st
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from involution.models.bottleneck import BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import Bottleneck, BottleneckNetwork, ConvolutionStem
 
 
 class ResNet(BottleneckNetwork):
@@ -25,7 +26,8 @@ class ResNet(BottleneckNetwork):
         def spatial(channels: int, stride: int, dilation: int) -> nn.Module:
             return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
 
-        super().__init__(ConvolutionStem(in_chans), spatial, depths, num_classes, output_stride, zero_init_residual)
+        block = partial(Bottleneck, spatial=spatial)
+        super().__init__(ConvolutionStem(in_chans), block, depths, num_classes, output_stride, zero_init_residual)
 
 
 def resnet26(**options: Any) -> ResNet:

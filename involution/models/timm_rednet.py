@@ -4,6 +4,7 @@ Imported by ``involution`` as soon as timm is; the weights' names are those of `
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,8 +27,19 @@ STAGES = ("layer1", "layer2", "layer3", "layer4")
 class TimmRedNet(RedNet):
     """RedNet with what timm expects of a model; ``options`` are RedNet's."""
 
-    def __init__(self, depths: Sequence[int], global_pool: str = "avg", drop_rate: float = 0.0, **options: Any) -> None:
-        super().__init__(depths, **options)
+    def __init__(
+        self,
+        depths: Sequence[int],
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        with nullcontext() if device is None else torch.device(device):
+            super().__init__(depths, **options)
+        self.to(dtype=dtype)
+        self.in_chans = options.get("in_chans", 3)
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
         self.head_hidden_size = self.num_features
@@ -46,7 +58,7 @@ class TimmRedNet(RedNet):
             if num_classes and not global_pool:
                 raise ValueError(f'global_pool is ""; num_classes should then be 0, but is {num_classes}')
             pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True) if global_pool else nn.Identity()
-            self.avgpool = pool
+            self.avgpool = pool.train(self.training)
         super().reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
