@@ -73,6 +73,17 @@ def test_default_cfg_tells_the_truth():
         assert model(images).shape == (1, 5)
 
 
+def test_a_device_and_a_type_are_kept_as_timm_tests_them():
+    model = timm.create_model("rednet26", device="meta", dtype=torch.float64, in_chans=4).eval()
+    assert model.in_chans == 4
+    model.reset_classifier(0)
+    model.reset_classifier(2, "max")
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
+    assert not any(module.training for module in model.modules())
+    with pytest.raises(TypeError):
+        timm.create_model("rednet26", device="meta", not_an_option=1)
+
+
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
 @pytest.mark.parametrize("feature_cls", [None, "hook", "getter", "dict", "fx"])
 def test_features(output_stride, feature_cls):
