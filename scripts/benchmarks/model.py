@@ -46,13 +46,8 @@ def trained(name: str, side: int, device: str) -> nn.Module:
 
 def frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """Compiled by inductor with the weights as constants, which folds and packs them too."""
-    compiled = torch.compile(model, dynamic=False)
-
-    def call(x: Tensor) -> Tensor:
-        with torch._inductor.config.patch(freezing=True):
-            return compiled(x)
-
-    return call
+    torch._inductor.config.freezing = True
+    return torch.compile(model, dynamic=False)
 
 
 def inference_variants(name: str, args: argparse.Namespace) -> dict[str, Callable[[Tensor], Tensor]]:
