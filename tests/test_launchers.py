@@ -112,10 +112,12 @@ def test_slurm_jobs_are_preempted_requeued_and_found_again(local, cluster, tmp_p
     # the step: scancel 22.05 takes its success with a task of an array for a failure, and tries again for a minute
     number = ask(cluster, "squeue", "--noheader", f"--jobs={array}_0", "--format=%A").strip()
     ask(cluster, "scancel", "--signal=USR2", f"{number}.0")  # what SLURM does at the end of the job's time
+    wait_until(lambda: saved_step(jobs(tmp_path)[1]) >= 2, first)
+    ask(cluster, "scontrol", "requeue", f"{array}_1")  # what SLURM does to a job that a more important one displaces
     kill(first)  # the jobs stay in the queue
     said = check(sweep(tmp_path, "slurm", *for_slurm, **cluster), tmp_path)
     assert said.count(f"SLURM job {array}_") + said.count("finished before: ") == 4
-    assert continued(jobs(tmp_path)[0])
+    assert [continued(folder) for folder in jobs(tmp_path)] == [1, 1, 0, 0]
     assert [outcome(folder) for folder in jobs(tmp_path)] == [outcome(folder) for folder in jobs(local)]
 
 
