@@ -179,8 +179,11 @@ def test_torchvisions_resnet_loads(tmp_path):
 def test_averaged_weights_come_first(tmp_path):
     model, average = involution.create_model("resnet26"), involution.create_model("resnet26")
     ema = {f"module.{k}": v for k, v in average.state_dict().items()} | {"n_averaged": torch.tensor(5)}
-    torch.save({"model": model.state_dict(), "ema": ema, "epoch": 1}, tmp_path / "run.pt")
-    assert same(load_model(tmp_path / "run.pt").state_dict(), average.state_dict())
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    best = tmp_path / "run/checkpoints/best.pt"
+    torch.save({"model": model.state_dict(), "ema": ema, "epoch": 1}, best)
+    assert same(load_model(best).state_dict(), average.state_dict())
+    assert same(involution.create_model("resnet26", pretrained=tmp_path / "run").state_dict(), average.state_dict())
 
 
 def test_another_number_of_classes_starts_the_classifier_afresh(tmp_path, caplog):
