@@ -40,12 +40,13 @@ struct Tile {
     int64_t pixels() const { return (last_row - row) * (last_column - column); }
 };
 
+constexpr int64_t kPanel = 32;  // columns of a packed panel: whole registers on every machine
 constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed weights share the second-level cache
 
 // Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
 template <class A>
 A* scratch(int slot, int64_t count) {
-    static thread_local std::vector<A> buffers[6];
+    static thread_local std::vector<A> buffers[10];
     constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
     if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
     const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());
@@ -70,17 +71,24 @@ void each_of(int64_t total, int part, int parts, F f) {
     for (int64_t n = total * part / parts; n < total * (part + 1) / parts; ++n) f(n);
 }
 
-// How a problem is cut: whole images if they fill the threads, else groups, else (forward only) bands of rows.
+// How a problem is cut: whole images if they fill the threads, else groups or (forward only) bands of rows, whichever
+// gives threads the more equal shares; groups need their threads to share what the kernels are made of.
 struct Division {
     int64_t chunks = 1, bands = 1;
 
     Division(const Problem& p, bool by_rows) {
-        if (p.batch % p.threads != 0 && p.batch < 8 * p.threads) {
+        if (p.batch % p.threads == 0 || p.batch >= 8 * p.threads) return;
+        if (by_rows && used(p.out_height, p.threads) >= used(p.groups, p.threads)) {
+            bands = std::min(p.out_height, p.threads);
+        } else {
             chunks = std::min(p.groups, p.threads);
             if (by_rows && chunks < p.threads) bands = std::min(p.out_height, (p.threads + chunks - 1) / chunks);
         }
     }
-    int64_t chunk_groups(const Problem& p) const { return (p.groups + chunks - 1) / chunks; }
+    // The part of the threads' time that is work where `count` things are dealt out to them.
+    static double used(int64_t count, int64_t threads) {
+        return double(count) / double((count + threads - 1) / threads * threads);
+    }
     int64_t units(const Problem& p) const { return p.batch * chunks * bands; }
     Unit unit(const Problem& p, int64_t n, int thread) const {
         const int64_t band = n % bands, chunk = n / bands % chunks;
@@ -95,7 +103,8 @@ struct Tiling {
     int64_t rows, columns;
 
     Tiling(const Problem& p, const Unit& unit) {
-        const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / (unit.groups() * p.taps()));
+        const int64_t columns_of_pixel = (unit.groups() * p.taps() + kPanel - 1) / kPanel * kPanel;
+        const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / columns_of_pixel);
         rows = std::max<int64_t>(1, std::min(budget / p.out_width, unit.last_row - unit.row));
         columns = std::min(budget, p.out_width);
     }

@@ -32,17 +32,16 @@ struct Generator {
         for (A* to = pooled; n > 0; ++pixel, --n, to += p.channels) {
             const int64_t top = pixel / p.out_width * p.stride, bottom = std::min(top + p.stride, p.height);
             const int64_t left = pixel % p.out_width * p.stride, right = std::min(left + p.stride, p.width);
-            std::fill(to, to + p.channels, A(0));
-            for (int64_t y = top; y < bottom; ++y)
-                for (int64_t z = left; z < right; ++z) add(image + y * p.x_row + z * p.x_pixel, to);
             const A share = A(1) / A((bottom - top) * (right - left));
-            for (int64_t c = 0; c < p.channels; ++c) to[c] *= share;
+            each_register<A, false>(0, p.channels, [&](auto lanes, int64_t c) INLINED {
+                typedef Vec<A, decltype(lanes)::value> V;
+                V sum = V{};
+                for (int64_t y = top; y < bottom; ++y)
+                    for (int64_t z = left; z < right; ++z) sum += load<V>(image + y * p.x_row + z * p.x_pixel + c);
+                store(to + c, V(sum * share));
+            });
         }
         return pooled;
-    }
-
-    void add(const A* __restrict from, A* __restrict to) const {
-        for (int64_t c = 0; c < p.channels; ++c) to[c] += from[c];
     }
 };
 
@@ -53,9 +52,9 @@ void folded_forward(const Problem& p, const A* x, const A* reduce, const A* redu
     const std::vector<A> zeros(p.channels, A(0));
     const Generator<A> generator{p, x, {reduce, reduce_bias, p.channels}, whole_registers<A>(p.hidden)};
     const int64_t area = p.out_height * p.out_width, step = generator.step;
-    const bool whole_images = division.units(p) == p.batch;  // each thread makes what it needs, an image at a time
-    A* hidden = whole_images ? nullptr : scratch<A>(5, p.batch * area * step);
-    if (!whole_images)
+    const bool together = division.chunks > 1;  // threads with some of the groups each need all of hidden
+    A* hidden = together ? scratch<A>(5, p.batch * area * step) : nullptr;
+    if (together)
         on_threads(p.threads, [&](int thread, int count) {
             const int64_t first = p.batch * area * thread / count, last = p.batch * area * (thread + 1) / count;
             generator.make_hidden(first, last, hidden + first * step);
@@ -64,10 +63,11 @@ void folded_forward(const Problem& p, const A* x, const A* reduce, const A* redu
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const A* reduced = hidden;
-            if (whole_images) {
-                A* own = scratch<A>(5, area * step);
-                generator.make_hidden(n * area, (n + 1) * area, own);
-                reduced = own - n * area * step;
+            if (!together) {
+                const int64_t first = unit.image * area + unit.row * p.out_width;
+                A* own = scratch<A>(5, (unit.last_row - unit.row) * p.out_width * step);
+                generator.make_hidden(first, unit.image * area + unit.last_row * p.out_width, own);
+                reduced = own - first * step;
             }
             span_forward<A>({p, reduced, step, {span, span_bias, p.hidden}}, unit, x, zeros.data(), {scale, shift}, out);
         });

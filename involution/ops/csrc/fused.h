@@ -10,8 +10,6 @@ int64_t whole_registers(int64_t n) {
     return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-constexpr int64_t kPanel = 32;  // columns of a packed panel: whole registers on every machine
-
 // A matrix [columns][depth] transposed in panels of 32 columns, [panel][depth][32], the last filled up with anything.
 template <class A>
 struct Panels {
@@ -63,25 +61,25 @@ template <class A>
 struct PackedWeight {
     const A *weight, *bias;
     int64_t taps, depth, hidden;  // G*K*K, R, R rounded up to registers
-    std::vector<A> panels, biases, padded;
+    A *panels, *biases = nullptr, *padded = nullptr;
 
     PackedWeight(const Problem& p, const A* w, const A* b, bool backward)
         : weight(w), bias(b), taps(p.groups * p.taps()), depth(p.hidden), hidden(whole_registers<A>(p.hidden)) {
         const int64_t columns = (taps + kPanel - 1) / kPanel * kPanel;
-        panels.resize(columns * depth);
-        if (bias) biases.resize(columns);
-        if (bias) std::copy_n(bias, taps, biases.data());
-        if (backward && hidden != depth) padded.resize(taps * hidden);
+        panels = scratch<A>(6, columns * depth);
+        if (bias) biases = scratch<A>(7, columns);
+        if (bias) std::copy_n(bias, taps, biases);
+        if (backward && hidden != depth) padded = scratch<A>(8, taps * hidden);
     }
 
-    Panels<A> transposed() const { return {panels.data(), bias ? biases.data() : nullptr, depth}; }
-    const A* rows() const { return padded.empty() ? weight : padded.data(); }
+    Panels<A> transposed() const { return {panels, biases, depth}; }
+    const A* rows() const { return padded ? padded : weight; }
 
     void pack(int thread, int threads) {
         each_of((taps + kPanel - 1) / kPanel, thread, threads, [&](int64_t panel) {
             const int64_t have = std::min(kPanel, taps - panel * kPanel);
             const A* from = weight + panel * kPanel * depth;
-            A* to = panels.data() + panel * kPanel * depth;
+            A* to = panels + panel * kPanel * depth;
             int64_t r = 0;
             for (; have == kPanel && r + kLanes<A> <= depth; r += kLanes<A>)
                 for (int64_t i = 0; i < kPanel; i += kLanes<A>) {
@@ -93,9 +91,11 @@ struct PackedWeight {
             for (; r < depth; ++r)
                 for (int64_t i = 0; i < have; ++i) to[r * kPanel + i] = from[i * depth + r];
         });
-        if (!padded.empty())
-            each_of(taps, thread, threads,
-                    [&](int64_t n) { std::copy_n(weight + n * depth, depth, padded.data() + n * hidden); });
+        if (padded)
+            each_of(taps, thread, threads, [&](int64_t n) {
+                std::copy_n(weight + n * depth, depth, padded + n * hidden);
+                std::fill(padded + n * hidden + depth, padded + (n + 1) * hidden, A(0));
+            });
     }
 };
 
@@ -172,11 +172,12 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
     PackedWeight<A> packed(p, weight, bias, true);
     on_threads(p.threads, [&](int thread, int count) { packed.pack(thread, count); });
     const Span<A> span{p, reduced, p.hidden, packed.transposed()};
-    std::vector<A> sums(threads * taps * (packed.hidden + 1));
+    A* sums = scratch<A>(9, threads * taps * (packed.hidden + 1));
     int team = 1;
     on_threads(threads, [&](int thread, int count) {
         if (thread == 0) team = count;
-        A* own = sums.data() + thread * taps * (packed.hidden + 1);
+        A* own = sums + thread * taps * (packed.hidden + 1);
+        std::fill(own, own + taps * (packed.hidden + 1), A(0));
         const SpanGradients<A> gradients{span, packed, own, own + taps * packed.hidden};
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
