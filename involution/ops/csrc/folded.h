@@ -51,25 +51,27 @@ void folded_forward(const Problem& p, const A* x, const A* reduce, const A* redu
     const Division division(p, true);
     const std::vector<A> zeros(p.channels, A(0));
     const Generator<A> generator{p, x, {reduce, reduce_bias, p.channels}, whole_registers<A>(p.hidden)};
-    const int64_t area = p.out_height * p.out_width, step = generator.step;
+    const int64_t pixels = p.batch * p.out_height * p.out_width, step = generator.step;
     const bool together = division.chunks > 1;  // threads with some of the groups each need all of hidden
-    A* hidden = together ? scratch<A>(5, p.batch * area * step) : nullptr;
+    A* hidden = together ? scratch<A>(5, pixels * step) : nullptr;
     if (together)
         on_threads(p.threads, [&](int thread, int count) {
-            const int64_t first = p.batch * area * thread / count, last = p.batch * area * (thread + 1) / count;
-            generator.make_hidden(first, last, hidden + first * step);
+            const int64_t first = pixels * thread / count;
+            generator.make_hidden(first, pixels * (thread + 1) / count, hidden + first * step);
         });
+    const auto hidden_of = [&](const Unit& unit, const Tile<A>& tile) -> const A* {
+        const int64_t first = first_pixel(p, unit, tile);
+        if (together) return hidden + first * step;
+        A* own = scratch<A>(5, tile.pixels() * step);
+        generator.make_hidden(first, first + tile.pixels(), own);
+        return own;
+    };
+    const Span<A> spans{p, {span, span_bias, p.hidden}};
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
-            const A* reduced = hidden;
-            if (!together) {
-                const int64_t first = unit.image * area + unit.row * p.out_width;
-                A* own = scratch<A>(5, (unit.last_row - unit.row) * p.out_width * step);
-                generator.make_hidden(first, unit.image * area + unit.last_row * p.out_width, own);
-                reduced = own - first * step;
-            }
-            span_forward<A>({p, reduced, step, {span, span_bias, p.hidden}}, unit, x, zeros.data(), {scale, shift}, out);
+            span_forward<A>(spans, unit, x, [&](const Tile<A>& tile) { return hidden_of(unit, tile); }, step,
+                            zeros.data(), {scale, shift}, out);
         });
     });
 }

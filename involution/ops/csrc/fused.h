@@ -16,7 +16,7 @@ struct Panels {
     const A *values, *bias;  // bias: as long as the panels, or nullptr
     int64_t depth;
 
-    // C [rows][last - first] = a [rows][depth] x columns first...last + bias, both multiples of two registers
+    // C [rows][last - first] = a [rows][depth] x columns first...last + bias, whole registers
     void multiply(int64_t rows, const A* a, int64_t a_row, int64_t first, int64_t last, A* c, int64_t c_row) const {
         gemm<A>(rows, last - first, depth, a, a_row, 1,
                 [&](int64_t j) { return values + (first + j) / kPanel * kPanel * depth + (first + j) % kPanel; }, kPanel,
@@ -24,34 +24,32 @@ struct Panels {
     }
 };
 
+// The first pixel of a tile, counted over all images; its other pixels follow.
+template <class A>
+int64_t first_pixel(const Problem& p, const Unit& unit, const Tile<A>& tile) {
+    return (unit.image * p.out_height + tile.row) * p.out_width + tile.column;
+}
+
 template <class A>
 struct Span {
     const Problem& p;
-    const A* reduced;  // [B*Ho*Wo][reduced_step], the first R of them
-    int64_t reduced_step;
     Panels<A> weight;  // G*K*K columns
 
     // The columns of a unit, from the panel where its groups begin.
     int64_t first_column(const Unit& unit) const { return unit.group * p.taps() / kPanel * kPanel; }
     int64_t columns(const Unit& unit) const {
-        return (unit.last_group * p.taps() - first_column(unit) + kPanel - 1) / kPanel * kPanel;
+        return whole_registers<A>(unit.last_group * p.taps() - first_column(unit));
     }
 
-    Tile<A> kernels(const Unit& unit, Tile<A> tile, int slot) const {
+    // From the hidden tensor of the tile's pixels, [pixels][step].
+    Tile<A> kernels(const Unit& unit, Tile<A> tile, const A* hidden, int64_t step, int slot) const {
         const int64_t first = first_column(unit), count = columns(unit);
         A* to = scratch<A>(slot, tile.pixels() * count);
-        weight.multiply(tile.pixels(), pixel(unit, tile), reduced_step, first, first + count, to, count);
+        weight.multiply(tile.pixels(), hidden, step, first, first + count, to, count);
         tile.values = to + unit.group * p.taps() - first;
         tile.pixel_step = count;
         tile.row_step = count * (tile.last_column - tile.column);
         return tile;
-    }
-
-    int64_t pixel_index(const Unit& unit, const Tile<A>& tile) const {
-        return (unit.image * p.out_height + tile.row) * p.out_width + tile.column;
-    }
-    const A* pixel(const Unit& unit, const Tile<A>& tile) const {
-        return reduced + pixel_index(unit, tile) * reduced_step;
     }
 };
 
@@ -99,13 +97,15 @@ struct PackedWeight {
     }
 };
 
-template <class A>
-void span_forward(const Span<A>& span, const Unit& unit, const A* x, const A* zeros, Finish<A> finish, A* out) {
+// hidden_of(tile): the hidden tensor of the tile's pixels.
+template <class A, class Hidden>
+void span_forward(const Span<A>& span, const Unit& unit, const A* x, Hidden hidden_of, int64_t step, const A* zeros,
+                  Finish<A> finish, A* out) {
     const Problem& p = span.p;
     const A* image = x + unit.image * p.x_batch;
     A* to = out + unit.image * p.out_height * p.out_width * p.channels;
     Tiling<A>(p, unit).each(p, unit, [&](Tile<A> tile) {
-        tile = span.kernels(unit, tile, 2);
+        tile = span.kernels(unit, tile, hidden_of(tile), step, 2);
         with_window<A>(p, [&](auto k, auto s) {
             tile_forward<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, image, to, zeros - image, finish);
         });
@@ -118,10 +118,12 @@ void span_forward(const Problem& p, const A* x, const A* reduced, const A* weigh
     const std::vector<A> zeros(p.channels, A(0));
     PackedWeight<A> packed(p, weight, bias, false);
     on_threads(p.threads, [&](int thread, int count) { packed.pack(thread, count); });
-    const Span<A> span{p, reduced, p.hidden, packed.transposed()};
+    const Span<A> span{p, packed.transposed()};
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
-            span_forward(span, division.unit(p, n, thread), x, zeros.data(), {}, out);
+            const Unit unit = division.unit(p, n, thread);
+            const auto hidden_of = [&](const Tile<A>& tile) { return reduced + first_pixel(p, unit, tile) * p.hidden; };
+            span_forward<A>(span, unit, x, hidden_of, p.hidden, zeros.data(), {}, out);
         });
     });
 }
@@ -129,16 +131,14 @@ void span_forward(const Problem& p, const A* x, const A* reduced, const A* weigh
 // What one thread adds up over its tiles, and the products of one tile with it.
 template <class A>
 struct SpanGradients {
-    const Span<A>& span;
+    const Problem& p;
     const PackedWeight<A>& packed;
     A *weight, *bias;  // [G*K*K][R in whole registers], [G*K*K], of this thread alone
 
-    void add_tile(const Unit& unit, const Tile<A>& tile, A* reduced) const {
-        const Problem& p = span.p;
+    // `in`, `to`: the hidden tensor of the tile's pixels and its gradient
+    void add_tile(const Unit& unit, const Tile<A>& tile, const A* in, A* to) const {
         const int64_t taps = unit.groups() * p.taps(), first = unit.group * p.taps(), pixels = tile.pixels();
         const int64_t hidden = packed.hidden, step = tile.pixel_step;
-        const A* in = span.pixel(unit, tile);
-        A* to = reduced + (span.pixel_index(unit, tile)) * p.hidden;
         A* product = to;
         if (hidden != p.hidden) {
             A* padded = scratch<A>(4, 2 * pixels * hidden);
@@ -169,16 +169,17 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
                    A* grad_x, A* grad_reduced, A* grad_weight, A* grad_bias) {
     const Division division(p, false);
     const int64_t threads = std::min(p.threads, division.units(p)), taps = p.groups * p.taps();
+    const int64_t pixels = p.batch * p.out_height * p.out_width;
     PackedWeight<A> packed(p, weight, bias, true);
     on_threads(p.threads, [&](int thread, int count) { packed.pack(thread, count); });
-    const Span<A> span{p, reduced, p.hidden, packed.transposed()};
+    const Span<A> span{p, packed.transposed()};
     A* sums = scratch<A>(9, threads * taps * (packed.hidden + 1));
     int team = 1;
     on_threads(threads, [&](int thread, int count) {
         if (thread == 0) team = count;
         A* own = sums + thread * taps * (packed.hidden + 1);
         std::fill(own, own + taps * (packed.hidden + 1), A(0));
-        const SpanGradients<A> gradients{span, packed, own, own + taps * packed.hidden};
+        const SpanGradients<A> gradients{p, packed, own, own + taps * packed.hidden};
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const Tiling<A> tiling(p, unit);
@@ -187,12 +188,13 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
             const int64_t outside = scratch<A>(1, p.channels) - to;
             Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
             tiling.each(p, unit, [&](Tile<A> tile) {
-                tile = span.kernels(unit, tile, 2);
+                const int64_t at = first_pixel(p, unit, tile) * p.hidden;
+                tile = span.kernels(unit, tile, reduced + at, p.hidden, 2);
                 with_window<A>(p, [&](auto k, auto s) {
                     tile_grad_input<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, grads, to, outside);
                 });
                 tile_grad_kernel(p, unit, tile, planes, grads);
-                gradients.add_tile(unit, tile, grad_reduced + unit.chunk * p.batch * p.out_height * p.out_width * p.hidden);
+                gradients.add_tile(unit, tile, reduced + at, grad_reduced + unit.chunk * pixels * p.hidden + at);
             });
         });
     });
