@@ -66,9 +66,16 @@ def _pixels(image: Tensor, dense: bool = False) -> Tensor:
     return pixels
 
 
-def _image(pixels: Tensor, like: Tensor) -> Tensor:
-    """(B, H, W, C) -> (B, C, H, W) in the type and memory format of `like`."""
-    return pixels.permute(0, 3, 1, 2).to(like.dtype).contiguous(memory_format=layout(like))
+def _new_image(shape: tuple[int, ...], like: Tensor, zero: bool = False) -> Tensor:
+    """(B, C, H, W) in channels_last and in the accumulation type. No view of a (B, H, W, C): autograd adds another
+    gradient to one in place only where nobody else holds its memory."""
+    image = torch.empty(shape, dtype=_wide(like.dtype), memory_format=torch.channels_last)
+    return image.zero_() if zero else image
+
+
+def _placed(image: Tensor, like: Tensor) -> Tensor:
+    """In the type and memory format of `like`."""
+    return image.to(like.dtype).contiguous(memory_format=layout(like))
 
 
 def _problem(pixels: Tensor, size: int, groups: int, stride: int, padding: int, dilation: int) -> _Problem:
@@ -80,6 +87,10 @@ def _problem(pixels: Tensor, size: int, groups: int, stride: int, padding: int, 
         out_width=out_width, size=size, stride=stride, padding=padding, dilation=dilation, x_batch=x_batch,
         x_row=x_row, x_pixel=x_pixel, threads=torch.get_num_threads(),
     )  # fmt: skip
+
+
+def _out_shape(problem: _Problem) -> tuple[int, ...]:
+    return problem.batch, problem.channels, problem.out_height, problem.out_width
 
 
 def _taps(kernel: Tensor) -> Tensor:
@@ -98,9 +109,9 @@ def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: 
     problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
     taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
     _describe_taps(problem, taps)
-    out = pixels.new_empty((problem.batch, problem.out_height, problem.out_width, problem.channels))
+    out = _new_image(_out_shape(problem), input)
     _call("forward", pixels.dtype, problem, pixels, taps, out)
-    return _image(out, input)
+    return _placed(out, input)
 
 
 def backward(
@@ -123,11 +134,12 @@ def backward(
     if grad_taps is not None and grad_taps.stride() != taps.stride():
         taps = torch.empty_like(grad_taps).copy_(taps)
     _describe_taps(problem, taps)
-    grad_pixels = pixels.new_zeros(pixels.shape) if needs_input else None
-    _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_pixels, grad_taps)
-    return None if grad_pixels is None else _image(
-        grad_pixels, input
-    ), grad_kernel if grad_kernel is None else grad_kernel.to(dtype)
+    grad_input = _new_image(input.shape, input, zero=True) if needs_input else None
+    _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
+    return (
+        None if grad_input is None else _placed(grad_input, input),
+        None if grad_kernel is None else grad_kernel.to(dtype),
+    )
 
 
 def span_forward(
@@ -143,9 +155,9 @@ def span_forward(
     """The fused operator: (B, C, H, W), (B, R, Ho, Wo), (G*K*K, R, 1, 1), (G*K*K,) -> (B, C, Ho, Wo)."""
     pixels = _pixels(input)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
-    out = pixels.new_empty((problem.batch, problem.out_height, problem.out_width, problem.channels))
+    out = _new_image(_out_shape(problem), input)
     _call("span_forward", pixels.dtype, problem, pixels, *operands, out)
-    return _image(out, input)
+    return _placed(out, input)
 
 
 def span_backward(
@@ -162,15 +174,19 @@ def span_backward(
     """Gradients of input, reduced, weight and bias."""
     pixels, grads = _pixels(input), _pixels(grad, dense=True)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
-    hidden, rows, _ = operands
+    rows = operands[1]
     chunks = build.library(build.instruction_set()).involution_chunks(ctypes.byref(problem))
-    grad_pixels, grad_hidden = pixels.new_zeros(pixels.shape), hidden.new_empty((chunks, *hidden.shape))
+    grad_input = _new_image(input.shape, input, zero=True)
+    grad_reduced = _new_image((chunks * reduced.shape[0], *reduced.shape[1:]), reduced)
     grad_rows, grad_bias = torch.empty_like(rows), rows.new_empty(rows.shape[0])
-    results = (grad_pixels, grad_hidden, grad_rows, grad_bias)
-    _call("span_backward", pixels.dtype, problem, grads, pixels, *operands, *results)
+    _call(
+        "span_backward", pixels.dtype, problem, grads, pixels, *operands, grad_input, grad_reduced, grad_rows, grad_bias
+    )
+    if chunks > 1:
+        grad_reduced = grad_reduced.unflatten(0, (chunks, -1)).sum(0)
     return (
-        _image(grad_pixels, input),
-        _image(grad_hidden[0] if chunks == 1 else grad_hidden.sum(0), reduced),
+        _placed(grad_input, input),
+        _placed(grad_reduced, reduced),
         grad_rows.view(weight.shape).to(weight.dtype),
         None if bias is None else grad_bias.to(bias.dtype),
     )
@@ -218,7 +234,6 @@ def folded_forward(
     image = input if input.stride(1) == 1 else input.contiguous(memory_format=torch.channels_last)
     options = (hidden, groups, kernel_size, stride, dilation, torch.get_num_threads())
     problem = _folded_problem(image.shape, image.stride(), *options)
-    shape = (problem.batch, problem.channels, problem.out_height, problem.out_width)
-    out = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    out = _new_image(_out_shape(problem), input)
     _call("folded_forward", dtype, problem, image, *packed, out)
     return out.contiguous(memory_format=layout(input))
