@@ -66,11 +66,10 @@ def _pixels(image: Tensor, dense: bool = False) -> Tensor:
     return pixels
 
 
-def _new_image(shape: tuple[int, ...], like: Tensor, zero: bool = False) -> Tensor:
+def _new_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """(B, C, H, W) in channels_last and in the accumulation type. No view of a (B, H, W, C): autograd adds another
     gradient to one in place only where nobody else holds its memory."""
-    image = torch.empty(shape, dtype=_wide(like.dtype), memory_format=torch.channels_last)
-    return image.zero_() if zero else image
+    return torch.empty(shape, dtype=_wide(like.dtype), memory_format=torch.channels_last)
 
 
 def _placed(image: Tensor, like: Tensor) -> Tensor:
@@ -134,7 +133,7 @@ def backward(
     if grad_taps is not None and grad_taps.stride() != taps.stride():
         taps = torch.empty_like(grad_taps).copy_(taps)
     _describe_taps(problem, taps)
-    grad_input = _new_image(input.shape, input, zero=True) if needs_input else None
+    grad_input = _new_image(input.shape, input) if needs_input else None
     _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
     return (
         None if grad_input is None else _placed(grad_input, input),
@@ -176,7 +175,7 @@ def span_backward(
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
     rows = operands[1]
     chunks = build.library(build.instruction_set()).involution_chunks(ctypes.byref(problem))
-    grad_input = _new_image(input.shape, input, zero=True)
+    grad_input = _new_image(input.shape, input)
     grad_reduced = _new_image((chunks * reduced.shape[0], *reduced.shape[1:]), reduced)
     grad_rows, grad_bias = torch.empty_like(rows), rows.new_empty(rows.shape[0])
     _call(

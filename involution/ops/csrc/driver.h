@@ -181,7 +181,29 @@ NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& ti
         });
 }
 
-// The same, backward: adds to grad_x, the image of the input gradient (dense channels_last, zeroed by the caller).
+// Sets a unit's part of an image of the input gradient to zero, row by row just before it is added to: the cache has it
+// then, and no pass over memory is spent on it.
+template <class A>
+struct Clearing {
+    const Problem& p;
+    const Unit& unit;
+    A* image;
+    int64_t row = 0;
+
+    void until(int64_t last) {
+        const int64_t width = p.group_channels(), count = unit.groups() * width;
+        for (last = std::min(last, p.height); row < last; ++row) {
+            A* to = image + row * p.width * p.channels + unit.group * width;
+            if (count == p.channels)
+                std::fill(to, to + p.width * count, A(0));
+            else
+                for (int64_t j = 0; j < p.width; ++j, to += p.channels) std::fill(to, to + count, A(0));
+        }
+    }
+    void before(const Tile<A>& tile) { until((tile.last_row - 1) * p.stride - p.padding + (p.size - 1) * p.dilation + 1); }
+};
+
+// The same, backward: adds to grad_x, the image of the input gradient (dense channels_last, cleared before).
 // `outside` leads from grad_x to memory for the additions that fall outside the image.
 template <class A, int K, int S>
 NOINLINE void tile_grad_input(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* grad, A* grad_x,

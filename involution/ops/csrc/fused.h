@@ -187,7 +187,9 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
             A* to = grad_x + unit.image * p.height * p.width * p.channels;
             const int64_t outside = scratch<A>(1, p.channels) - to;
             Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
+            Clearing<A> clearing{p, unit, to};
             tiling.each(p, unit, [&](Tile<A> tile) {
+                clearing.before(tile);
                 const int64_t at = first_pixel(p, unit, tile) * p.hidden;
                 tile = span.kernels(unit, tile, reduced + at, p.hidden, 2);
                 with_window<A>(p, [&](auto k, auto s) {
@@ -196,6 +198,7 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
                 tile_grad_kernel(p, unit, tile, planes, grads);
                 gradients.add_tile(unit, tile, reduced + at, grad_reduced + unit.chunk * pixels * p.hidden + at);
             });
+            clearing.until(p.height);
         });
     });
     on_threads(threads, [&](int thread, int count) {

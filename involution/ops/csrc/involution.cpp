@@ -98,13 +98,16 @@ void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* g
             if (grad_x) {
                 A* to = grad_x + unit.image * p.height * p.width * p.channels;
                 const int64_t outside = scratch<A>(1, p.channels) - to;
+                Clearing<A> clearing{p, unit, to};
                 tiling.each(p, unit, [&](Tile<A> tile) {
+                    clearing.before(tile);
                     tile = place_tile<A>(p, unit, tile, from);
                     if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
                     with_window<A>(p, [&](auto k, auto s) {
                         tile_grad_input<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, grads, to, outside);
                     });
                 });
+                clearing.until(p.height);
             }
             if (grad_kernel) {
                 T* to = grad_kernel + unit.image * p.kernel_batch;
@@ -120,8 +123,8 @@ void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* g
 }
 
 extern "C" {
-// x, out, grad, grad_x: float (or double); kernel, grad_kernel: the same, or bfloat16 where p->half. grad_x is zeroed by
-// the caller; grad_x and grad_kernel may be null. The kernel and its gradient have the same strides.
+// x, out, grad, grad_x: float (or double); kernel, grad_kernel: the same, or bfloat16 where p->half. grad_x and
+// grad_kernel may be null. The kernel and its gradient have the same strides.
 void involution_forward_float(const Problem* p, const float* x, const void* kernel, float* out) {
     if (p->half)
         forward(*p, x, static_cast<const Half*>(kernel), out);
