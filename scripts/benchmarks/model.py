@@ -1,4 +1,4 @@
-"""RedNets against the ResNets of the same depth: inference, a training step, memory, where the time goes, Table 2.
+"""RedNets against the ResNets of the same depth: inference and where its time goes, a training step, memory, Table 2.
 
 Each side runs in every variant, all interleaved; what counts is best against best.
 """
@@ -159,16 +159,10 @@ def run(args: argparse.Namespace, report: Report) -> None:
             x = images(batch, args.side, args.device, DTYPES[args.dtype])
             calls = {name: partial(variants[name][variant], x) for name in names}
             title = f"Where inference spends its time, {variant}, batch {batch} (ms, under the profiler)"
-            report.table(title, breakdown(calls, args.device, True), "Generated element-wise code is under other.")
+            report.table(title, breakdown(calls, args.device), "Generated element-wise code is under other.")
     if "training" in parts:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
         report.table(f"Training step, {settings}", rows, "Forward, backward, SGD with momentum.")
-    if "breakdown" in parts:
-        steps = {name: training_step(name, args.train_batch, args) for name in names if not name.endswith("101")}
-        report.table(
-            f"Where a training step spends its time, eager, batch {args.train_batch} (ms)",
-            breakdown(steps, args.device),
-        )
     if "memory" in parts:
         memory(args, report)
 
