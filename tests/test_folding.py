@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from involution import Involution2d, create_model, fold
+from involution.export import export_program
 from involution.folding import FoldedInvolution2d
 from involution.ops import folded
 
@@ -107,6 +108,17 @@ def test_folded_operator_in_the_compiler():
     torch.library.opcheck(folded.operator, operands, test_utils=["test_schema", "test_faketensor"])
     compiled = torch.compile(quick, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), quick(x))
+
+
+@torch.no_grad()
+def test_a_folded_model_is_exported_in_standard_operators():
+    torch.manual_seed(0)
+    quick = fold(layers(32, 3, 2))
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), *quick)
+    program = export_program(model)
+    assert not any("involution" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(3, 3, 70, 58)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 def test_packing_keeps_every_weight():
