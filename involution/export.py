@@ -18,7 +18,6 @@ from torch.export import Dim, ExportedProgram
 
 from involution.complexity import count
 from involution.loading import IMAGENET
-from involution.ops import folded
 from involution.weights import describe
 
 #: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
@@ -82,7 +81,6 @@ def export_program(model: nn.Module) -> ExportedProgram:
         {
             torch.ops.involution.involution2d.default: involution2d,
             torch.ops.involution.span_involution2d.default: span_involution2d,
-            folded.operator: folded.composed,
         }
     )
 

@@ -38,7 +38,8 @@ class FoldedInvolution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         differentiated = x.requires_grad and torch.is_grad_enabled()
-        operator = folded.composed if differentiated or x.device.type != "cpu" else folded.operator
+        standard = differentiated or x.device.type != "cpu" or torch.compiler.is_exporting()
+        operator = folded.composed if standard else folded.operator
         return operator(
             x, self.reduce, self.reduce_bias, self.span, self.span_bias, self.scale, self.shift,
             self.hidden, self.groups, self.kernel_size, self.stride, self.dilation,
