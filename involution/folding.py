@@ -68,10 +68,12 @@ def fold(model: nn.Module) -> nn.Module:
         for (name, layer), (norm_name, norm), (act_name, act) in zip(
             children, children[1:], children[2:], strict=False
         ):
-            if isinstance(layer, Involution2d) and isinstance(norm, nn.BatchNorm2d) and isinstance(act, nn.ReLU):
-                if not isinstance(layer.kernel_generation, BottleneckGeneration):
-                    continue
-                setattr(module, name, FoldedInvolution2d(layer, norm))
+            if _generates(layer) and isinstance(norm, nn.BatchNorm2d) and isinstance(act, nn.ReLU):
+                setattr(module, name, FoldedInvolution2d(cast("Involution2d", layer), norm))
                 setattr(module, norm_name, nn.Identity())
                 setattr(module, act_name, nn.Identity())
     return model
+
+
+def _generates(layer: nn.Module) -> bool:
+    return isinstance(layer, Involution2d) and isinstance(layer.kernel_generation, BottleneckGeneration)

@@ -235,4 +235,4 @@ def folded_forward(
     problem = _folded_problem(image.shape, image.stride(), *options)
     out = _new_image(_out_shape(problem), input)
     _call("folded_forward", dtype, problem, image, *packed, out)
-    return out.contiguous(memory_format=layout(input))
+    return _placed(out, input)

@@ -66,20 +66,10 @@ _library.define(
 
 
 @torch.library.impl(_library, "folded_involution2d", "CPU")
-def _on_cpu(
-    input: Tensor,
-    reduce: Tensor,
-    reduce_bias: Tensor,
-    span: Tensor,
-    span_bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    *options: int,
-) -> Tensor:
-    packed = (reduce, reduce_bias, span, span_bias, scale, shift)
+def _on_cpu(input: Tensor, *operands: Any) -> Tensor:
     if input.numel() and backends.choose(input, input) is cpu:
-        return cpu.folded_forward(input, packed, *options)
-    return composed(input, *packed, *options)
+        return cpu.folded_forward(input, operands[:6], *operands[6:])
+    return composed(input, *operands)
 
 
 @torch.library.register_fake("involution::folded_involution2d")

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         variants = {name: inference_variants(name, args) for name in names}
     if "inference" in parts:
         rows = [inference(depth, batch, args, variants) for batch in args.batch for depth in args.depth]
-        note = "eager; folded: BatchNorm in the convolutions; compiled: inductor with freezing, of the folded model."
+        note = "eager; folded: by involution.fold; compiled: inductor with freezing, of the folded model."
         report.table(f"Inference, {settings}", rows, note)
         if found := table2(rows, args.device):
             report.table("The paper's Table 2 (latency of one image)", found, NOTE)
