@@ -1,18 +1,31 @@
-"""Less memory in training: what a ReLU behind a BatchNorm gives is made again in the backward instead of being kept.
+"""A BatchNorm, the ReLU behind it and the layer after that: less time and less memory in training.
 
-Autograd keeps the input of the BatchNorm and the output of the ReLU, for the layer behind it. Both have the same size,
-and one pass over the first makes the second, so the first is enough. The idea is that of in-place activated BatchNorm
-(Bulo et al., CVPR 2018); here no inverse is taken and gradients are the same to the last bit.
+On the CPU the first two run as one operator (``ops/norm.py``).
+
+Autograd keeps the input of the BatchNorm and, for the layer, the output of the ReLU. Both have the same size, and one
+pass over the first makes the second, so ``norm_act`` keeps the first alone and remakes the second in the backward. The
+idea is that of in-place activated BatchNorm (Bulo et al., CVPR 2018); here no inverse is taken and gradients are the
+same to the last bit.
 """
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+
+from involution.ops import norm as fused
+
+
+def norm_relu(x: Tensor, norm: nn.Module, act: nn.Module, skip: Tensor | None = None) -> Tensor:
+    """``act(norm(x))``, or ``act(norm(x) + skip)``, all of (B, C, H, W)."""
+    if _plain(x, norm, act) and fused.supports(x, norm, skip):
+        return fused.norm_relu(x, norm, skip)[0]
+    return act(norm(x) if skip is None else norm(x) + skip)
 
 
 def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, layer: Callable[[Tensor], Tensor]) -> Tensor:
@@ -21,40 +34,51 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, layer: Callable[[Tensor
     It does so where ``norm`` and ``act`` are a plain BatchNorm and ReLU. Compilers and activation checkpointing decide
     by themselves what to keep, and are left to it.
     """
-    if type(norm) is not nn.BatchNorm2d or type(act) is not nn.ReLU or _others_decide(x):
+    if not _plain(x, norm, act):
         return layer(act(norm(x)))
-    y = norm(x)
+    if fused.supports(x, norm):
+        y, coefficients = fused.norm_relu(x, norm)
+        remade, behind = _Remade(y, partial(fused.remake, x.detach(), coefficients)), layer
+    else:
+        y = norm(x)
+        remade, behind = _Remade(y, partial(_again, x.detach(), norm, y.dtype)), lambda y: layer(act(y))
     outer = _running.remade
-    _running.remade = (*outer, _Remade(x.detach(), y, norm))
+    _running.remade = (*outer, remade)
     try:
         with saved_tensors_hooks(_pack, _unpack):
-            return layer(act(y))
+            return behind(y)
     finally:
         _running.remade = outer
 
 
-def _others_decide(x: Tensor) -> bool:
+def _plain(x: Tensor, norm: nn.Module, act: nn.Module) -> bool:
+    """Whether they are what they seem to be, and nobody else wants a say in what is run and kept."""
+    if type(norm) is not nn.BatchNorm2d or type(act) is not nn.ReLU:
+        return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
+        return False
+    if isinstance(x, torch.fx.Proxy) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return isinstance(x, torch.fx.Proxy) or (hooks is not None and hooks[0] is not _pack)
+    return hooks is None or hooks[0] is _pack
+
+
+def _again(x: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:
+    mean, var = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    with torch.no_grad():
+        return F.batch_norm(x, mean, var, norm.weight, norm.bias, norm.training, 0.0, norm.eps).to(dtype).relu_()
 
 
 class _Remade:
-    """Stands for relu(norm(x)) among the tensors that autograd keeps; made once for all who ask."""
+    """Stands for y, or what became of it in place, among the tensors that autograd keeps; made once for all who ask."""
 
-    def __init__(self, x: Tensor, y: Tensor, norm: nn.BatchNorm2d) -> None:
-        self.x, self.norm, self.dtype = x, norm, y.dtype
-        self.identity = _identity(y)
+    def __init__(self, y: Tensor, make: Callable[[], Tensor]) -> None:
+        self.identity, self.make = _identity(y), make
         self.values: Tensor | None = None
 
     def tensor(self) -> Tensor:
         if self.values is None:
-            norm, training = self.norm, self.norm.training
-            mean, var = (None, None) if training else (norm.running_mean, norm.running_var)
-            with torch.no_grad():
-                y = F.batch_norm(self.x, mean, var, norm.weight, norm.bias, training, 0.0, norm.eps)
-                self.values = y.to(self.dtype).relu_()
+            self.values = self.make()
         return self.values
 
 

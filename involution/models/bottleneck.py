@@ -7,9 +7,11 @@ Channels after them:                64             64             256          5
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from involution.checks import check_positive, unknown_name
+from involution.remake import norm_relu
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,7 +35,9 @@ class ConvolutionStem(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act1(self.bn1(self.conv1(x)))
+        if torch.jit.is_scripting():
+            return self.act1(self.bn1(self.conv1(x)))
+        return norm_relu(self.conv1(x), self.bn1, self.act1)
 
 
 class Bottleneck(nn.Module):
@@ -59,11 +63,16 @@ class Bottleneck(nn.Module):
 
     def branch(self, x: Tensor) -> Tensor:
         """The three convolutions, up to the last BatchNorm."""
-        y = self.act1(self.bn1(self.conv1(x)))
-        return self.conv3(self.act2(self.bn2(self.conv2(y))))
+        if torch.jit.is_scripting():
+            y = self.conv2(self.act1(self.bn1(self.conv1(x))))
+            return self.conv3(self.act2(self.bn2(y)))
+        y = self.conv2(norm_relu(self.conv1(x), self.bn1, self.act1))
+        return self.conv3(norm_relu(y, self.bn2, self.act2))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act3(self.bn3(self.branch(x)) + self.downsample(x))
+        if torch.jit.is_scripting():
+            return self.act3(self.bn3(self.branch(x)) + self.downsample(x))
+        return norm_relu(self.branch(x), self.bn3, self.act3, self.downsample(x))
 
 
 class BottleneckNetwork(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from involution.checks import check_odd, check_positive
 from involution.layers import Involution2d
 from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
-from involution.remake import norm_act
+from involution.remake import norm_act, norm_relu
 
 
 class InvolutionStem(nn.Module):
@@ -43,7 +43,9 @@ class InvolutionStem(nn.Module):
         return norm_act(y, self.bn2, self.act2, self.conv3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act3(self.bn3(self.branch(x)))
+        if torch.jit.is_scripting():
+            return self.act3(self.bn3(self.branch(x)))
+        return norm_relu(self.branch(x), self.bn3, self.act3)
 
 
 class InvolutionBottleneck(Bottleneck):

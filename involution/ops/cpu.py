@@ -47,7 +47,8 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
     return _failure(build.instruction_set())
 
 
-def _call(name: str, wide: torch.dtype, problem: _Problem, *tensors: Tensor | None) -> None:
+def call(name: str, wide: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
+    """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
     suffix = "double" if wide == torch.float64 else "float"
     function = getattr(build.library(build.instruction_set()), f"involution_{name}_{suffix}")
     pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
@@ -109,7 +110,7 @@ def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: 
     taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
     _describe_taps(problem, taps)
     out = _new_image(_out_shape(problem), input)
-    _call("forward", pixels.dtype, problem, pixels, taps, out)
+    call("forward", pixels.dtype, problem, pixels, taps, out)
     return _placed(out, input)
 
 
@@ -134,7 +135,7 @@ def backward(
         taps = torch.empty_like(grad_taps).copy_(taps)
     _describe_taps(problem, taps)
     grad_input = _new_image(input.shape, input) if needs_input else None
-    _call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
+    call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
     return (
         None if grad_input is None else _placed(grad_input, input),
         None if grad_kernel is None else grad_kernel.to(dtype),
@@ -155,7 +156,7 @@ def span_forward(
     pixels = _pixels(input)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
     out = _new_image(_out_shape(problem), input)
-    _call("span_forward", pixels.dtype, problem, pixels, *operands, out)
+    call("span_forward", pixels.dtype, problem, pixels, *operands, out)
     return _placed(out, input)
 
 
@@ -178,7 +179,7 @@ def span_backward(
     grad_input = _new_image(input.shape, input)
     grad_reduced = _new_image((chunks * reduced.shape[0], *reduced.shape[1:]), reduced)
     grad_rows, grad_bias = torch.empty_like(rows), rows.new_empty(rows.shape[0])
-    _call(
+    call(
         "span_backward", pixels.dtype, problem, grads, pixels, *operands, grad_input, grad_reduced, grad_rows, grad_bias
     )
     if chunks > 1:
@@ -234,5 +235,5 @@ def folded_forward(
     options = (hidden, groups, kernel_size, stride, dilation, torch.get_num_threads())
     problem = _folded_problem(image.shape, image.stride(), *options)
     out = _new_image(_out_shape(problem), input)
-    _call("folded_forward", dtype, problem, image, *packed, out)
+    call("folded_forward", dtype, problem, image, *packed, out)
     return _placed(out, input)

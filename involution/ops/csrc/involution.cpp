@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "folded.h"
+#include "norm.h"
 
 typedef uint16_t Half;  // bfloat16
 
@@ -166,4 +167,19 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
     }
 SPAN(float, float)
 SPAN(double, double)
+
+#define NORM(NAME, A)                                                                                                  \
+    void involution_norm_forward_##NAME(const Norm* n, const A* x, const A* skip, const A* weight, const A* bias,       \
+                                        A* running_mean, A* running_var, A* coefficients, A* out) {                    \
+        norm_forward(*n, x, skip, weight, bias, running_mean, running_var, coefficients, out);                         \
+    }                                                                                                                  \
+    void involution_norm_apply_##NAME(const Norm* n, const A* x, A* coefficients, A* out) {                            \
+        norm_apply<A>(*n, x, nullptr, coefficients, out);                                                              \
+    }                                                                                                                  \
+    void involution_norm_backward_##NAME(const Norm* n, const A* grad, const A* x, const A* out, A* coefficients,       \
+                                         A* grad_x, A* grad_skip, A* grad_weight, A* grad_bias) {                      \
+        norm_backward(*n, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias);                      \
+    }
+NORM(float, float)
+NORM(double, double)
 }

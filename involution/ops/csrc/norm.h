@@ -1,0 +1,164 @@
+// BatchNorm in training and the ReLU behind it, max(0, scale * x + shift [+ skip]), without a pass over memory for
+// anything but the sums and the result. All images are dense channels_last, [rows][channels].
+#pragma once
+#include <cmath>
+
+#include "driver.h"
+
+struct Norm {  // mirrored by norm.py: same names, same order, all of 64 bits
+    int64_t rows, channels, threads;
+    int64_t training;  // 0: normalise with the running statistics and leave them alone
+    double momentum, eps;
+};
+
+// What the backward needs of the forward, [4][channels]; inverse is 1 / standard deviation.
+template <class A>
+struct Coefficients {
+    A *mean, *inverse, *scale, *shift;
+    Coefficients(A* all, int64_t n) : mean(all), inverse(all + n), scale(all + 2 * n), shift(all + 3 * n) {}
+};
+
+// f(first row, last row, thread), the rows dealt out; few values are not worth a second thread. Returns the threads.
+template <class F>
+int deal_rows(const Norm& n, F f) {
+    int team = 1;
+    on_threads(n.rows * n.channels < 1 << 15 ? 1 : std::min(n.rows, n.threads), [&](int thread, int count) {
+        if (thread == 0) team = count;
+        f(n.rows * thread / count, n.rows * (thread + 1) / count, thread);
+    });
+    return team;
+}
+
+// Adds up two values of every place over the rows, [2][channels]: f(V, place, channel, sum, other sum) for registers V.
+// In A over as many rows as keep the rounding small, in double beyond.
+template <class A, class F>
+std::vector<double> sum_rows(const Norm& n, F f) {
+    const int64_t channels = n.channels;
+    std::vector<double> total(2 * channels * n.threads, 0.0);
+    const int team = deal_rows(n, [&](int64_t row, int64_t last, int thread) {
+        const F add = f;  // a copy, whose captures stay in registers: stores might change those of the original
+        A* sums = scratch<A>(4, 2 * channels);
+        while (row < last) {
+            std::fill(sums, sums + 2 * channels, A(0));
+            const auto take = [&](auto rows) INLINED {
+                each_register<A, false>(0, channels, [&](auto lanes, int64_t c) INLINED {
+                    typedef Vec<A, decltype(lanes)::value> V;
+                    V sum = load<V>(sums + c), other = load<V>(sums + channels + c);
+                    unroll<decltype(rows)::value>([&](auto i) INLINED {
+                        add(V{}, (row + i) * channels + c, c, sum, other);
+                    });
+                    store(sums + c, sum), store(sums + channels + c, other);
+                });
+                row += decltype(rows)::value;
+            };
+            const int64_t end = std::min(row + 256, last);
+            while (row + 8 <= end) take(Count<8>{});
+            while (row < end) take(Count<1>{});
+            for (int64_t i = 0; i < 2 * channels; ++i) total[thread * 2 * channels + i] += sums[i];
+        }
+    });
+    for (int64_t i = 2 * channels; i < team * 2 * channels; ++i) total[i % (2 * channels)] += total[i];
+    return total;
+}
+
+// f(V, place, channel) for registers V of all places.
+template <class A, class F>
+void each_place(const Norm& n, F f) {
+    const int64_t channels = n.channels;
+    deal_rows(n, [&](int64_t row, int64_t last, int) {
+        const F run = f;
+        for (; row < last; ++row)
+            each_register<A, false>(0, channels, [&](auto lanes, int64_t c) INLINED {
+                run(Vec<A, decltype(lanes)::value>{}, row * channels + c, c);
+            });
+    });
+}
+
+// f(added): with a constant 1 where there is something to add, else 0.
+template <class F>
+void with_skip(const void* skip, F f) {
+    skip ? f(Count<1>{}) : f(Count<0>{});
+}
+
+template <class A>
+void norm_apply(const Norm& n, const A* x, const A* skip, A* coefficients, A* out) {
+    const Coefficients<A> k(coefficients, n.channels);
+    with_skip(skip, [&](auto added) {
+        each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
+            typedef decltype(v) V;
+            V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
+            if constexpr (added) value += load<V>(skip + i);
+            store(out + i, value < V{} ? V{} : value);  // in this order NaN stays NaN
+        });
+    });
+}
+
+template <class A>
+void norm_forward(const Norm& n, const A* x, const A* skip, const A* weight, const A* bias, A* running_mean,
+                  A* running_var, A* coefficients, A* out) {
+    const Coefficients<A> k(coefficients, n.channels);
+    std::vector<double> sums;
+    if (n.training)  // of the distance to the first row: a large mean takes no digits from the variance
+        sums = sum_rows<A>(n, [=](auto v, int64_t i, int64_t c, auto& sum, auto& squares) INLINED {
+            typedef decltype(v) V;
+            const V value = load<V>(x + i) - load<V>(x + c);
+            sum += value, squares += value * value;
+        });
+    for (int64_t c = 0; c < n.channels; ++c) {
+        double mean = running_mean[c], variance = running_var[c];
+        if (n.training) {
+            const double distance = sums[c] / n.rows;
+            mean = x[c] + distance;
+            variance = std::max(0.0, sums[n.channels + c] / n.rows - distance * distance);
+            running_mean[c] += n.momentum * (mean - running_mean[c]);
+            running_var[c] += n.momentum * (variance * n.rows / (n.rows - 1) - running_var[c]);
+        }
+        k.mean[c] = mean;
+        k.inverse[c] = 1 / std::sqrt(variance + n.eps);
+        k.scale[c] = k.inverse[c] * weight[c];
+        k.shift[c] = bias[c] - k.mean[c] * k.scale[c];
+    }
+    norm_apply(n, x, skip, coefficients, out);
+}
+
+// `out`, the forward's result, and grad_skip are null where nothing was added.
+template <class A>
+void norm_backward(const Norm& n, const A* grad, const A* x, const A* out, A* coefficients, A* grad_x, A* grad_skip,
+                   A* grad_weight, A* grad_bias) {
+    const Coefficients<A> k(coefficients, n.channels);
+    with_skip(out, [&](auto added) {
+        // the gradient where the ReLU was open; of NaN it was
+        const auto through = [=](auto v, int64_t i, int64_t c) INLINED {
+            typedef decltype(v) V;
+            V value;
+            if constexpr (added)
+                value = load<V>(out + i);
+            else
+                value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
+            return value <= V{} ? V{} : load<V>(grad + i);
+        };
+        const auto sums = sum_rows<A>(n, [=](auto v, int64_t i, int64_t c, auto& sum, auto& product) INLINED {
+            typedef decltype(v) V;
+            const V value = through(v, i, c);
+            if constexpr (added) store(grad_skip + i, value);
+            sum += value, product += value * (load<V>(x + i) - load<V>(k.mean + c));
+        });
+        A *mean = scratch<A>(5, 2 * n.channels), *slope = mean + n.channels;
+        for (int64_t c = 0; c < n.channels; ++c) {
+            grad_bias[c] = sums[c];
+            grad_weight[c] = sums[n.channels + c] * k.inverse[c];
+            mean[c] = n.training ? sums[c] / n.rows : 0;
+            slope[c] = n.training ? sums[n.channels + c] / n.rows * k.inverse[c] * k.inverse[c] : 0;
+        }
+        each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
+            typedef decltype(v) V;
+            V value;
+            if constexpr (added)
+                value = load<V>(grad_skip + i);
+            else
+                value = through(v, i, c);
+            const V distance = load<V>(x + i) - load<V>(k.mean + c);
+            store(grad_x + i, V((value - load<V>(mean + c) - distance * load<V>(slope + c)) * load<V>(k.scale + c)));
+        });
+    });
+}
