@@ -16,12 +16,7 @@ from involution.ops import folded
 class FoldedInvolution2d(nn.Module):
     """What an ``Involution2d``, a BatchNorm and a ReLU do in evaluation: (B, C, H, W) -> (B, C, Ho, Wo)."""
 
-    reduce: Tensor
-    reduce_bias: Tensor
-    span: Tensor
-    span_bias: Tensor
-    scale: Tensor
-    shift: Tensor
+    packed: Tensor
 
     def __init__(self, layer: Involution2d, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -29,9 +24,7 @@ class FoldedInvolution2d(nn.Module):
         reduce, span = fuse_conv_bn_eval(generation.reduce, generation.norm), generation.span
         scale = norm.weight * torch.rsqrt(cast("Tensor", norm.running_var) + norm.eps)
         shift = norm.bias - cast("Tensor", norm.running_mean) * scale
-        operands = (*folded.pack(reduce), *folded.pack(span), scale, shift)
-        for name, tensor in zip(type(self).__annotations__, operands, strict=True):
-            self.register_buffer(name, tensor.detach())
+        self.register_buffer("packed", folded.pack(reduce, span, scale, shift).detach())
         self.hidden = reduce.out_channels
         self.groups, self.kernel_size, self.stride = layer.groups, layer.kernel_size, layer.stride
         self.dilation = layer.dilation
@@ -40,10 +33,7 @@ class FoldedInvolution2d(nn.Module):
         differentiated = x.requires_grad and torch.is_grad_enabled()
         standard = differentiated or x.device.type != "cpu" or torch.compiler.is_exporting()
         operator = folded.composed if standard else folded.operator
-        return operator(
-            x, self.reduce, self.reduce_bias, self.span, self.span_bias, self.scale, self.shift,
-            self.hidden, self.groups, self.kernel_size, self.stride, self.dilation,
-        )  # fmt: skip
+        return operator(x, self.packed, self.hidden, self.groups, self.kernel_size, self.stride, self.dilation)
 
     def extra_repr(self) -> str:
         """The arguments."""

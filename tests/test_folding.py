@@ -122,10 +122,9 @@ def test_a_folded_model_is_exported_in_standard_operators():
 
 
 def test_packing_keeps_every_weight():
-    conv = nn.Conv2d(5, 98, 1)
-    panels, padded = folded.pack(conv)
-    assert panels.shape == (4, 5, folded.PANEL)
-    assert padded.shape == (128,)
-    weight, bias = folded.unpack(panels, padded, 98)
-    assert torch.equal(weight, conv.weight)
-    assert torch.equal(bias, conv.bias)
+    reduce, span, scale, shift = nn.Conv2d(40, 10, 1), nn.Conv2d(10, 98, 1), torch.rand(40), torch.rand(40)
+    packed = folded.pack(reduce, span, scale, shift)
+    assert packed.shape == (40 * 32 + 32 + 10 * 128 + 128 + 2 * 40,)
+    expected = (reduce.weight, reduce.bias, span.weight, span.bias, scale, shift)
+    for result, operand in zip(folded.unpack(packed, 40, 10, 98), expected, strict=True):
+        assert torch.equal(result, operand)

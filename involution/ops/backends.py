@@ -3,6 +3,7 @@
 `INVOLUTION_BACKEND` (reference, shifted, cpu, triton) forces one and makes it an error if that one cannot run.
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -17,6 +18,7 @@ _PREFERRED = {"cpu": "cpu", "cuda": "triton"}
 _reported: set[tuple[str, str]] = set()
 
 
+@functools.cache
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
@@ -43,7 +45,7 @@ def choose(input: Tensor, kernel: Tensor) -> ModuleType:
     except ImportError as error:
         backend, reason = None, f"it cannot be imported ({error})"
     if backend is not None and reason is None:
-        _report(name, "forced by INVOLUTION_BACKEND" if forced else f"the fast one on {input.device.type}")
+        _report(name, "forced by INVOLUTION_BACKEND" if forced else "the fast one")
         return backend
     if forced:
         raise ValueError(f"INVOLUTION_BACKEND={forced} cannot run here: {reason}; unset it to choose automatically")

@@ -9,12 +9,14 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho W
 import ctypes
 import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import build
-from .shapes import empty_kernel, layout, output_hw
+from .shapes import channels_dense, empty_kernel, layout, output_hw
 
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
@@ -47,12 +49,18 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
     return _failure(build.instruction_set())
 
 
+@functools.cache
+def _function(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., None]:
+    suffix = "double" if dtype == torch.float64 else "float"
+    function = getattr(build.library(level), f"involution_{name}_{suffix}")
+    function.argtypes, function.restype = [ctypes.c_void_p] * (1 + tensors), None
+    return function
+
+
 def call(name: str, wide: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
     """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
-    suffix = "double" if wide == torch.float64 else "float"
-    function = getattr(build.library(build.instruction_set()), f"involution_{name}_{suffix}")
-    pointers = (ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors)
-    function(ctypes.byref(problem), *pointers)
+    function = _function(name, wide, build.instruction_set(), len(tensors))
+    function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors])
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -211,29 +219,30 @@ def _span_problem(
 
 
 @functools.lru_cache(maxsize=256)
-def _folded_problem(
-    shape: torch.Size, strides: tuple[int, ...], hidden: int, groups: int, size: int, stride: int, dilation: int,
-    threads: int,
-) -> _Problem:  # fmt: skip
+def _folded_call(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int, level: str,
+    hidden: int, groups: int, size: int, stride: int, dilation: int,
+) -> tuple[Callable[..., None], Any, tuple[int, ...]]:  # fmt: skip
+    """The function, its first argument and the shape of the result."""
     pixels = torch.empty_strided(shape, strides, device="meta").permute(0, 2, 3, 1)
     problem = _problem(pixels, size, groups, stride, dilation * (size - 1) // 2, dilation)
     problem.hidden, problem.threads = hidden, threads
-    return problem
+    return _function("folded_forward", dtype, level, 3), ctypes.byref(problem), _out_shape(problem)
 
 
-def folded_forward(
-    input: Tensor, packed: tuple[Tensor, ...], hidden: int, groups: int, kernel_size: int, stride: int, dilation: int
-) -> Tensor:
+def folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     """A whole layer in inference: (B, C, H, W) -> (B, C, Ho, Wo), see folded.py. One image takes 100 microseconds, so
     each of the few that Python takes counts."""
-    dtype = input.dtype
-    if dtype not in (torch.float32, torch.float64):
-        return folded_forward(input.float(), packed, hidden, groups, kernel_size, stride, dilation).to(dtype)
-    if packed[0].dtype != dtype:
-        packed = tuple(t.to(dtype) for t in packed)
-    image = input if input.stride(1) == 1 else input.contiguous(memory_format=torch.channels_last)
-    options = (hidden, groups, kernel_size, stride, dilation, torch.get_num_threads())
-    problem = _folded_problem(image.shape, image.stride(), *options)
-    out = _new_image(_out_shape(problem), input)
-    call("folded_forward", dtype, problem, image, *packed, out)
-    return _placed(out, input)
+    if not channels_dense(input) or input.dtype != packed.dtype or input.dtype not in (torch.float32, torch.float64):
+        wide = _wide(input.dtype)
+        image = input.to(wide, memory_format=torch.channels_last)
+        return _placed(_folded_forward(image, packed.to(wide), *options), input)
+    return _folded_forward(input, packed, *options)
+
+
+def _folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:
+    level, threads = build.instruction_set(), torch.get_num_threads()
+    function, problem, shape = _folded_call(input.shape, input.stride(), input.dtype, threads, level, *options)
+    out = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
+    function(problem, input.data_ptr(), packed.data_ptr(), out.data_ptr())
+    return out

@@ -46,7 +46,7 @@ constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed 
 // Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
 template <class A>
 A* scratch(int slot, int64_t count) {
-    static thread_local std::vector<A> buffers[10];
+    static thread_local std::vector<A> buffers[11];
     constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
     if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
     const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());
@@ -120,110 +120,9 @@ struct Tiling {
 template <int P>
 using Count = std::integral_constant<int, P>;
 
-// Cuts a row into strips of 8, 7, 4, 2 or 1 pixels: 7 because the feature maps of a ResNet are multiples of 7.
-template <int K, class F>
-INLINE void each_strip(int64_t column, int64_t last, F f) {
-    for (int64_t n; (n = last - column) > 0;) {
-        const int64_t take = K == 0 ? (n >= 4 ? 4 : 1) : n % 8 && n % 7 == 0 ? 7 : n >= 8 ? 8 : n >= 4 ? 4 : n >= 2 ? 2 : 1;
-        if (take == 4) f(Count<4>{}, column);
-        if (take == 1) f(Count<1>{}, column);
-        if constexpr (K > 0) {
-            if (take == 8) f(Count<8>{}, column);
-            if (take == 7) f(Count<7>{}, column);
-            if (take == 2) f(Count<2>{}, column);
-        }
-        column += take;
-    }
-}
-
-// f(K, S) with the constants of the unrolled windows where they fit, else f(0, 0).
-template <class A, class F>
-void with_window(const Problem& p, F f) {
-    if constexpr (sizeof(A) == 4) {
-        if (p.group_channels() % kLanes<A> == 0 && p.dilation == 1) {
-            if (p.size == 7 && p.stride == 1) return f(Count<7>{}, Count<1>{});
-            if (p.size == 7 && p.stride == 2) return f(Count<7>{}, Count<2>{});
-            if (p.size == 5 && p.stride == 1) return f(Count<5>{}, Count<1>{});
-            if (p.size == 3 && p.stride == 1) return f(Count<3>{}, Count<1>{});
-        }
-    }
-    f(Count<0>{}, Count<0>{});
-}
-
 // f(lanes, channel) over the channels of a group: full registers, then narrower ones for the rest.
 template <class A, bool WHOLE, int N = kLanes<A>, class F>
 INLINE void each_register(int64_t channel, int64_t channels, F f) {
     for (; channel + N <= channels; channel += N) f(Count<N>{}, channel);
     if constexpr (!WHOLE && N > 1) each_register<A, WHOLE, N / 2>(channel, channels, f);
-}
-
-// Strips of one tile, forward: x is the image of the unit, out its output image (dense channels_last).
-template <class A, int K, int S>
-NOINLINE void tile_forward(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* x, A* out, int64_t outside,
-                           Finish<A> finish) {
-    const Window w = p.window();
-    const Places steps{p.x_row, p.x_pixel, outside};
-    int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
-    const int64_t width = p.group_channels();
-    for (int64_t i = tile.row; i < tile.last_row; ++i)
-        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) INLINED {
-            constexpr int P = decltype(pixels)::value;
-            int64_t first, last;
-            inside_rows(w, i, first, last);
-            find_places<Block<A, K, S, P, 1>::X>(w, steps, i, j, P, places);
-            const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
-            A* to = out + (i * p.out_width + j) * p.channels;
-            for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
-                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
-                    Block<A, K, S, P, decltype(lanes)::value>::forward(
-                        p.size, first, last, x + c, places, kernel, tile.pixel_step, to + c, p.channels, finish, c);
-                });
-        });
-}
-
-// Sets a unit's part of an image of the input gradient to zero, row by row just before it is added to: the cache has it
-// then, and no pass over memory is spent on it.
-template <class A>
-struct Clearing {
-    const Problem& p;
-    const Unit& unit;
-    A* image;
-    int64_t row = 0;
-
-    void until(int64_t last) {
-        const int64_t width = p.group_channels(), count = unit.groups() * width;
-        for (last = std::min(last, p.height); row < last; ++row) {
-            A* to = image + row * p.width * p.channels + unit.group * width;
-            if (count == p.channels)
-                std::fill(to, to + p.width * count, A(0));
-            else
-                for (int64_t j = 0; j < p.width; ++j, to += p.channels) std::fill(to, to + count, A(0));
-        }
-    }
-    void before(const Tile<A>& tile) { until((tile.last_row - 1) * p.stride - p.padding + (p.size - 1) * p.dilation + 1); }
-};
-
-// The same, backward: adds to grad_x, the image of the input gradient (dense channels_last, cleared before).
-// `outside` leads from grad_x to memory for the additions that fall outside the image.
-template <class A, int K, int S>
-NOINLINE void tile_grad_input(const Problem& p, const Unit& unit, const Tile<A>& tile, const A* grad, A* grad_x,
-                              int64_t outside) {
-    const Window w = p.window();
-    const Places steps{p.width * p.channels, p.channels, outside};
-    int64_t* places = scratch<int64_t>(0, 4 * p.taps() + 32 * p.size);
-    const int64_t width = p.group_channels();
-    for (int64_t i = tile.row; i < tile.last_row; ++i)
-        each_strip<K>(tile.column, tile.last_column, [&](auto pixels, int64_t j) INLINED {
-            constexpr int P = decltype(pixels)::value;
-            int64_t first, last;
-            inside_rows(w, i, first, last);
-            find_places<Block<A, K, S, P, 1>::X>(w, steps, i, j, P, places);
-            const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
-            const A* from = grad + (i * p.out_width + j) * p.channels;
-            for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
-                each_register<A, (K > 0)>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
-                    Block<A, K, S, P, decltype(lanes)::value>::grad_input(
-                        p.size, first, last, grad_x + c, places, kernel, tile.pixel_step, from + c, p.channels);
-                });
-        });
 }

@@ -45,11 +45,15 @@ struct Generator {
     }
 };
 
+// packed: reduce, its bias, span, its bias, scale and shift one behind the other, the first four in whole panels
 template <class A>
-void folded_forward(const Problem& p, const A* x, const A* reduce, const A* reduce_bias, const A* span,
-                    const A* span_bias, const A* scale, const A* shift, A* out) {
+void folded_forward(const Problem& p, const A* x, const A* packed, A* out) {
     const Division division(p, true);
-    const std::vector<A> zeros(p.channels, A(0));
+    const A* const reduce = packed;
+    const A* const reduce_bias = reduce + p.channels * whole_panels(p.hidden);
+    const A* const span = reduce_bias + whole_panels(p.hidden);
+    const A* const span_bias = span + p.hidden * whole_panels(p.groups * p.taps());
+    const A* const scale = span_bias + whole_panels(p.groups * p.taps());
     const Generator<A> generator{p, x, {reduce, reduce_bias, p.channels}, whole_registers<A>(p.hidden)};
     const int64_t pixels = p.batch * p.out_height * p.out_width, step = generator.step;
     const bool together = division.chunks > 1;  // threads with some of the groups each need all of hidden
@@ -71,7 +75,7 @@ void folded_forward(const Problem& p, const A* x, const A* reduce, const A* redu
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             span_forward<A>(spans, unit, x, [&](const Tile<A>& tile) { return hidden_of(unit, tile); }, step,
-                            zeros.data(), {scale, shift}, out);
+                            {scale, scale + p.channels}, out);
         });
     });
 }

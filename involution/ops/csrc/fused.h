@@ -4,11 +4,14 @@
 #pragma once
 #include "gemm.h"
 #include "planes.h"
+#include "ring.h"
 
 template <class A>
 int64_t whole_registers(int64_t n) {
     return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
+
+inline int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 
 // A matrix [columns][depth] transposed in panels of 32 columns, [panel][depth][32], the last filled up with anything.
 template <class A>
@@ -63,7 +66,7 @@ struct PackedWeight {
 
     PackedWeight(const Problem& p, const A* w, const A* b, bool backward)
         : weight(w), bias(b), taps(p.groups * p.taps()), depth(p.hidden), hidden(whole_registers<A>(p.hidden)) {
-        const int64_t columns = (taps + kPanel - 1) / kPanel * kPanel;
+        const int64_t columns = whole_panels(taps);
         panels = scratch<A>(6, columns * depth);
         if (bias) biases = scratch<A>(7, columns);
         if (bias) std::copy_n(bias, taps, biases);
@@ -99,23 +102,20 @@ struct PackedWeight {
 
 // hidden_of(tile): the hidden tensor of the tile's pixels.
 template <class A, class Hidden>
-void span_forward(const Span<A>& span, const Unit& unit, const A* x, Hidden hidden_of, int64_t step, const A* zeros,
-                  Finish<A> finish, A* out) {
+void span_forward(const Span<A>& span, const Unit& unit, const A* x, Hidden hidden_of, int64_t step, Finish<A> finish,
+                  A* out) {
     const Problem& p = span.p;
-    const A* image = x + unit.image * p.x_batch;
-    A* to = out + unit.image * p.out_height * p.out_width * p.channels;
-    Tiling<A>(p, unit).each(p, unit, [&](Tile<A> tile) {
+    const Tiling<A> tiling(p, unit);
+    InputRows<A> rows(p, unit, tiling.rows, x + unit.image * p.x_batch);
+    tiling.each(p, unit, [&](Tile<A> tile) {
         tile = span.kernels(unit, tile, hidden_of(tile), step, 2);
-        with_window<A>(p, [&](auto k, auto s) {
-            tile_forward<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, image, to, zeros - image, finish);
-        });
+        tile_forward(unit, tile, rows, out + unit.image * p.out_height * p.out_width * p.channels, finish);
     });
 }
 
 template <class A>
 void span_forward(const Problem& p, const A* x, const A* reduced, const A* weight, const A* bias, A* out) {
     const Division division(p, true);
-    const std::vector<A> zeros(p.channels, A(0));
     PackedWeight<A> packed(p, weight, bias, false);
     on_threads(p.threads, [&](int thread, int count) { packed.pack(thread, count); });
     const Span<A> span{p, packed.transposed()};
@@ -123,7 +123,7 @@ void span_forward(const Problem& p, const A* x, const A* reduced, const A* weigh
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
             const auto hidden_of = [&](const Tile<A>& tile) { return reduced + first_pixel(p, unit, tile) * p.hidden; };
-            span_forward<A>(span, unit, x, hidden_of, p.hidden, zeros.data(), {}, out);
+            span_forward<A>(span, unit, x, hidden_of, p.hidden, {}, out);
         });
     });
 }
@@ -184,21 +184,16 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
             const Unit unit = division.unit(p, n, thread);
             const Tiling<A> tiling(p, unit);
             const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
-            A* to = grad_x + unit.image * p.height * p.width * p.channels;
-            const int64_t outside = scratch<A>(1, p.channels) - to;
             Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
-            Clearing<A> clearing{p, unit, to};
+            GradientRows<A> rows(p, unit, tiling.rows, grad_x + unit.image * p.height * p.width * p.channels);
             tiling.each(p, unit, [&](Tile<A> tile) {
-                clearing.before(tile);
                 const int64_t at = first_pixel(p, unit, tile) * p.hidden;
                 tile = span.kernels(unit, tile, reduced + at, p.hidden, 2);
-                with_window<A>(p, [&](auto k, auto s) {
-                    tile_grad_input<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, grads, to, outside);
-                });
+                tile_grad_input(unit, tile, rows, grads);
                 tile_grad_kernel(p, unit, tile, planes, grads);
                 gradients.add_tile(unit, tile, reduced + at, grad_reduced + unit.chunk * pixels * p.hidden + at);
             });
-            clearing.until(p.height);
+            rows.finish();
         });
     });
     on_threads(threads, [&](int thread, int count) {

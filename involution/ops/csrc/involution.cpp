@@ -68,20 +68,16 @@ bool in_place(const Problem& p) {
 template <class A, class T>
 void forward(const Problem& p, const A* x, const T* kernel, A* out) {
     const Division division(p, true);
-    const std::vector<A> zeros(p.channels, A(0));
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
             const Unit unit = division.unit(p, n, thread);
-            const A* image = x + unit.image * p.x_batch;
-            Tiling<A>(p, unit).each(p, unit, [&](Tile<A> tile) {
+            const Tiling<A> tiling(p, unit);
+            InputRows<A> rows(p, unit, tiling.rows, x + unit.image * p.x_batch);
+            tiling.each(p, unit, [&](Tile<A> tile) {
                 const T* from = kernel + unit.image * p.kernel_batch;
                 tile = place_tile<A>(p, unit, tile, from);
                 if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
-                with_window<A>(p, [&](auto k, auto s) {
-                    tile_forward<A, decltype(k)::value, decltype(s)::value>(
-                        p, unit, tile, image, out + unit.image * p.out_height * p.out_width * p.channels,
-                        zeros.data() - image, Finish<A>{});
-                });
+                tile_forward(unit, tile, rows, out + unit.image * p.out_height * p.out_width * p.channels);
             });
         });
     });
@@ -97,18 +93,13 @@ void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* g
             const T* from = kernel + unit.image * p.kernel_batch;
             const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
             if (grad_x) {
-                A* to = grad_x + unit.image * p.height * p.width * p.channels;
-                const int64_t outside = scratch<A>(1, p.channels) - to;
-                Clearing<A> clearing{p, unit, to};
+                GradientRows<A> rows(p, unit, tiling.rows, grad_x + unit.image * p.height * p.width * p.channels);
                 tiling.each(p, unit, [&](Tile<A> tile) {
-                    clearing.before(tile);
                     tile = place_tile<A>(p, unit, tile, from);
                     if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
-                    with_window<A>(p, [&](auto k, auto s) {
-                        tile_grad_input<A, decltype(k)::value, decltype(s)::value>(p, unit, tile, grads, to, outside);
-                    });
+                    tile_grad_input(unit, tile, rows, grads);
                 });
-                clearing.until(p.height);
+                rows.finish();
             }
             if (grad_kernel) {
                 T* to = grad_kernel + unit.image * p.kernel_batch;
@@ -160,10 +151,8 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
                                          A* grad_bias) {                                                             \
         span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);             \
     }                                                                                                                \
-    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* reduce, const A* reduce_bias,       \
-                                          const A* span, const A* span_bias, const A* scale, const A* shift,         \
-                                          A* out) {                                                                  \
-        folded_forward(*p, x, reduce, reduce_bias, span, span_bias, scale, shift, out);                              \
+    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* packed, A* out) { \
+        folded_forward(*p, x, packed, out); \
     }
 SPAN(float, float)
 SPAN(double, double)
