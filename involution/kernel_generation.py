@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from involution.remake import norm_act
+from involution.ops.layer import supports
+from involution.remake import norm_act, plain
 
 
 def stride_pool(stride: int) -> nn.Module:
@@ -62,6 +63,11 @@ class BottleneckGeneration(SpanGeneration):
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.reduce(self.pool(x))))
+
+    def runs_with(self, x: Tensor) -> bool:
+        """Whether it runs together with the involution, as one operator (``involution.ops.layer``)."""
+        modules = self.reduce, self.norm, self.span
+        return plain(x, self.norm, self.act, self, self.pool, self.reduce, self.span) and supports(x, *modules)
 
     def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``layer(hidden(x))``, which does not keep the hidden tensor for the backward."""

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from involution.checks import check_odd, check_positive
-from involution.kernel_generation import SpanGeneration, build_kernel_generation
+from involution.kernel_generation import BottleneckGeneration, SpanGeneration, build_kernel_generation
 from involution.ops import involution2d, span_involution2d
+from involution.ops.layer import involution_layer
 
 
 class Involution2d(nn.Module):
@@ -73,6 +74,9 @@ class Involution2d(nn.Module):
             kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
             padding = self.dilation * (self.kernel_size - 1) // 2
             return torch.ops.involution.involution2d(x, kernel, self.stride, padding, self.dilation)
+        if isinstance(generation, BottleneckGeneration) and generation.runs_with(x):
+            modules = generation.reduce, generation.norm, generation.span
+            return involution_layer(x, *modules, self.kernel_size, self.stride, self.dilation)
         if isinstance(generation, SpanGeneration):
             return generation.into(partial(self._fused, x, generation.span), x)
         kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))

@@ -11,20 +11,21 @@ same to the last bit.
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.module import _has_any_global_hook
 
 from involution.ops import norm as fused
 
 
 def norm_relu(x: Tensor, norm: nn.Module, act: nn.Module, skip: Tensor | None = None) -> Tensor:
     """``act(norm(x))``, or ``act(norm(x) + skip)``, all of (B, C, H, W)."""
-    if _plain(x, norm, act) and fused.supports(x, norm, skip):
-        return fused.norm_relu(x, norm, skip)[0]
+    if plain(x, norm, act) and fused.supports(x, cast("nn.BatchNorm2d", norm), skip):
+        return fused.norm_relu(x, cast("nn.BatchNorm2d", norm), skip)[0]
     return act(norm(x) if skip is None else norm(x) + skip)
 
 
@@ -34,8 +35,9 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, layer: Callable[[Tensor
     It does so where ``norm`` and ``act`` are a plain BatchNorm and ReLU. Compilers and activation checkpointing decide
     by themselves what to keep, and are left to it.
     """
-    if not _plain(x, norm, act):
+    if not plain(x, norm, act):
         return layer(act(norm(x)))
+    norm = cast("nn.BatchNorm2d", norm)
     if fused.supports(x, norm):
         y, coefficients = fused.norm_relu(x, norm)
         remade, behind = _Remade(y, partial(fused.remake, x.detach(), coefficients)), layer
@@ -51,13 +53,21 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, layer: Callable[[Tensor
         _running.remade = outer
 
 
-def _plain(x: Tensor, norm: nn.Module, act: nn.Module) -> bool:
-    """Whether they are what they seem to be, and nobody else wants a say in what is run and kept."""
+def plain(x: Tensor, norm: nn.Module, act: nn.Module, *others: nn.Module) -> bool:
+    """Whether ``norm`` and ``act`` are BatchNorm and ReLU, and nobody else has a say in what is run and kept: hooks of
+    the modules, compilers, activation checkpointing, function transforms, modes that watch operators."""
     if type(norm) is not nn.BatchNorm2d or type(act) is not nn.ReLU:
+        return False
+    if _has_any_global_hook() or any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in (norm, act, *others)
+    ):
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if isinstance(x, torch.fx.Proxy) or torch._C._functorch.is_functorch_wrapped_tensor(x):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is None or hooks[0] is _pack

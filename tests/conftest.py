@@ -1,16 +1,31 @@
 """Shared fixtures: real images."""
 
 import os
+import shutil
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from involution.ops import build
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+LEVELS = ("plain", "AVX2", "AVX512")
+
+
+@pytest.fixture(params=LEVELS[: LEVELS.index(build.instruction_set()) + 1])
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The C++ code runs at this level."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("there is no C++ compiler")
+    monkeypatch.setattr(build, "instruction_set", lambda: request.param)
+    return request.param
 
 
 def _unpack(pattern: str, folder: Path) -> Path:

@@ -13,8 +13,6 @@ from torch import Tensor
 from involution.ops import build, composed, cpu, reference, shifted
 from involution.ops.shapes import output_size
 
-_LEVELS = ("plain", "AVX2", "AVX512")
-
 # B C H W G K stride dilation padding: stage shapes cut down, then odd sizes, strips of every length, G = 1 and G = C,
 # groups that fill no register, K from 1 to 9, windows wholly outside the image, more padding than half a window.
 CASES = [
@@ -35,16 +33,9 @@ CASES = [
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 
 
-def _levels() -> list[str]:
-    return list(_LEVELS[: _LEVELS.index(build.instruction_set()) + 1])
-
-
-@pytest.fixture(params=_levels())
-def cpp(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+@pytest.fixture
+def cpp(instruction_set: str) -> ModuleType:
     """The C++ backend at one instruction set."""
-    if build.shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("there is no C++ compiler")
-    monkeypatch.setattr(build, "instruction_set", lambda: request.param)
     return cpu
 
 

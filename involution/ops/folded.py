@@ -58,8 +58,8 @@ def composed(
 
 _library = torch.library.Library("involution", "FRAGMENT")
 _library.define(
-    "folded_involution2d(Tensor input, Tensor packed, int hidden, int groups, int kernel_size, int stride, int dilation)"
-    " -> Tensor"
+    "folded_involution2d(Tensor input, Tensor packed, int hidden, int groups, int kernel_size, int stride, "
+    "int dilation) -> Tensor"
 )
 
 

@@ -4,6 +4,7 @@
 
 #include "folded.h"
 #include "norm.h"
+#include "pointwise.h"
 
 typedef uint16_t Half;  // bfloat16
 
@@ -141,34 +142,38 @@ void involution_backward_double(const Problem* p, const double* grad, const doub
 // Copies of grad_reduced that involution_span_backward_* fills.
 int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks; }
 
-#define SPAN(NAME, A)                                                                                                \
-    void involution_span_forward_##NAME(const Problem* p, const A* x, const A* reduced, const A* weight,             \
-                                        const A* bias, A* out) {                                                     \
-        span_forward(*p, x, reduced, weight, bias, out);                                                             \
-    }                                                                                                                \
-    void involution_span_backward_##NAME(const Problem* p, const A* grad, const A* x, const A* reduced,              \
-                                         const A* weight, const A* bias, A* grad_x, A* grad_reduced, A* grad_weight, \
-                                         A* grad_bias) {                                                             \
-        span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);             \
-    }                                                                                                                \
-    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* packed, A* out) { \
-        folded_forward(*p, x, packed, out); \
+#define SPAN(NAME, A)                                                                                                 \
+    void involution_span_forward_##NAME(const Problem* p, const A* x, const A* reduced, const A* weight,              \
+                                        const A* bias, A* out) {                                                      \
+        span_forward(*p, x, reduced, weight, bias, out);                                                              \
+    }                                                                                                                 \
+    void involution_span_backward_##NAME(const Problem* p, const A* grad, const A* x, const A* reduced,               \
+                                         const A* weight, const A* bias, A* grad_x, A* grad_reduced, A* grad_weight,  \
+                                         A* grad_bias) {                                                              \
+        span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);              \
+    }                                                                                                                 \
+    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* packed, A* out) {                    \
+        folded_forward(*p, x, packed, out);                                                                           \
     }
 SPAN(float, float)
 SPAN(double, double)
 
-#define NORM(NAME, A)                                                                                                  \
-    void involution_norm_forward_##NAME(const Norm* n, const A* x, const A* skip, const A* weight, const A* bias,       \
-                                        A* running_mean, A* running_var, A* coefficients, A* out) {                    \
-        norm_forward(*n, x, skip, weight, bias, running_mean, running_var, coefficients, out);                         \
-    }                                                                                                                  \
-    void involution_norm_apply_##NAME(const Norm* n, const A* x, A* coefficients, A* out) {                            \
-        norm_apply<A>(*n, x, nullptr, coefficients, out);                                                              \
-    }                                                                                                                  \
-    void involution_norm_backward_##NAME(const Norm* n, const A* grad, const A* x, const A* out, A* coefficients,       \
-                                         A* grad_x, A* grad_skip, A* grad_weight, A* grad_bias) {                      \
-        norm_backward(*n, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias);                      \
+#define TRAINING(NAME, A)                                                                                             \
+    void involution_norm_forward_##NAME(const Norm* n, const A* x, const A* skip, const A* weight, const A* bias,     \
+                                        A* running_mean, A* running_var, A* coefficients, A* out) {                   \
+        norm_forward(*n, x, skip, weight, bias, running_mean, running_var, coefficients, out);                        \
+    }                                                                                                                 \
+    void involution_norm_apply_##NAME(const Norm* n, const A* x, A* coefficients, A* out) {                           \
+        norm_apply<A>(*n, x, nullptr, coefficients, out);                                                             \
+    }                                                                                                                 \
+    void involution_norm_backward_##NAME(const Norm* n, const A* grad, const A* x, const A* out, A* coefficients,     \
+                                         A* grad_x, A* grad_skip, A* grad_weight, A* grad_bias) {                     \
+        norm_backward(*n, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias);                     \
+    }                                                                                                                 \
+    void involution_pointwise_backward_##NAME(const Pointwise* p, const A* grad, const A* x, const A* weight,         \
+                                              A* grad_x, A* grad_weight) {                                            \
+        pointwise_backward(*p, grad, x, weight, grad_x, grad_weight);                                                 \
     }
-NORM(float, float)
-NORM(double, double)
+TRAINING(float, float)
+TRAINING(double, double)
 }

@@ -25,10 +25,11 @@ class Ring {
 public:
     // Room for the input rows that `tile_rows` output rows see, of the channels of the unit.
     Ring(const Problem& problem, const Unit& unit, int64_t tile_rows, int slot)
-        : p(problem), ringed(with_window<A>(problem, [](auto, auto) {})), next_(std::max<int64_t>(0, unit.row * p.stride - p.padding)),
-          first_(unit.group * p.group_channels()), count_(unit.groups() * p.group_channels()),
-          size_((tile_rows - 1) * p.stride + p.size), block_((p.width + 2 * p.padding) * kLanes<A>),
-          row_(block_ * (count_ / kLanes<A>)), data_(ringed ? scratch<A>(slot, size_ * row_) : nullptr) {}
+        : p(problem), ringed(with_window<A>(problem, [](auto, auto) {})),
+          next_(std::max<int64_t>(0, unit.row * p.stride - p.padding)), first_(unit.group * p.group_channels()),
+          count_(unit.groups() * p.group_channels()), size_((tile_rows - 1) * p.stride + p.size),
+          block_((p.width + 2 * p.padding) * kLanes<A>), row_(block_ * (count_ / kLanes<A>)),
+          data_(ringed ? scratch<A>(slot, size_ * row_) : nullptr) {}
 
     const Problem& p;
     const bool ringed;

@@ -1,0 +1,205 @@
+"""What runs as one operator in training on the CPU: the numbers of the modules it stands for, and out of the way."""
+
+import contextlib
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from involution import Involution2d, create_model
+from involution.kernel_generation import BottleneckGeneration
+from involution.ops import cpu, norm
+from involution.remake import norm_act, norm_relu
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def batch_norm(channels: int, dtype: torch.dtype = torch.float32, **options: object) -> nn.BatchNorm2d:
+    module = nn.BatchNorm2d(channels, dtype=dtype, **options)
+    nn.init.normal_(module.weight)
+    nn.init.normal_(module.bias)
+    return module
+
+
+def operators(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the C++ functions that run from now on."""
+    names: list[str] = []
+    call = cpu.call
+    monkeypatch.setattr(cpu, "call", lambda name, *args: (names.append(name), call(name, *args))[1])
+    return names
+
+
+def everything(output: Tensor, module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """The output, the gradients of inputs and parameters, and what the module keeps."""
+    wanted = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
+    torch.manual_seed(1)
+    return [output, *torch.autograd.grad(output, wanted, torch.randn_like(output)), *module.buffers()]
+
+
+def assert_alike(result: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for one, other in zip(result, expected, strict=True):
+        assert one.stride() == other.stride()
+        assert float(((one - other).abs().max() / other.abs().max().clamp(min=1e-2)).detach()) < tolerance
+
+
+@pytest.mark.parametrize("mode", ["training", "frozen", "average"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch):
+    torch.manual_seed(0)
+    for channels, size, threads in itertools.product((1, 7, 64), ((2, 1, 1), (3, 5, 4), (40, 9, 9)), (1, 3)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        batch, height, width = size
+        x = image(batch, channels, height, width, dtype=dtype)
+        skip = image(batch, channels, height, width, dtype=dtype) if residual else None
+        inputs = (x,) if skip is None else (x, skip)
+        module = batch_norm(channels, dtype, momentum=None if mode == "average" else 0.1)
+        other = copy.deepcopy(module)
+        for m in (module, other):
+            m.train(mode != "frozen")
+        for _ in range(2):  # the second time on statistics that have changed
+            names = operators(monkeypatch)
+            result = everything(norm_relu(x, module, nn.ReLU(), skip), module, *inputs)
+            assert names == ["norm_forward", "norm_backward"]
+            plain = other(x) if skip is None else other(x) + skip
+            assert_alike(result, everything(plain.relu(), other, *inputs), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_derivatives_of_batch_norm_and_relu(training, residual):
+    torch.manual_seed(0)
+    module = batch_norm(3, torch.float64).train(training)
+    x = image(2, 3, 2, 2, dtype=torch.float64)
+    skip = image(2, 3, 2, 2, dtype=torch.float64) if residual else None
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor, *skip: Tensor) -> Tensor:
+        return norm_relu(x, module, nn.ReLU(), *skip)
+
+    inputs = (x, *module.parameters()) if skip is None else (x, *module.parameters(), skip)
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_a_large_mean_takes_nothing_from_the_variance():
+    torch.manual_seed(0)
+    x = (image(8, 16, 20, 20) + 3e4).detach().requires_grad_()
+    module = batch_norm(16)
+    result = norm_relu(x, module, nn.ReLU())
+    expected = nn.functional.batch_norm(
+        x.double(), None, None, module.weight.double(), module.bias.double(), True
+    ).relu()
+    assert (result - expected).abs().max() < 2e-2  # what is left of x itself: 3e4 * 2^-24 = 2e-3
+    torch.testing.assert_close(module.running_var, 0.9 + 0.1 * x.double().var((0, 2, 3)).float(), rtol=1e-5, atol=0)
+
+
+def test_nan_stays_nan_and_one_value_is_an_error():
+    module = batch_norm(4).eval()
+    x = image(2, 4, 3, 3)
+    x.data[0, 0, 0, 0] = torch.nan
+    assert norm_relu(x, module, nn.ReLU()).isnan().sum() == 1
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        norm_relu(image(1, 4, 1, 1), module.train(), nn.ReLU())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_layer_in_training(dtype, stride, instruction_set, monkeypatch):
+    torch.manual_seed(0)
+    for channels, kernel_size, bias, size in [
+        (32, 7, True, (2, 9, 8)),
+        (64, 3, False, (5, 4, 7)),
+        (16, 1, True, (2, 2, 2)),
+    ]:
+        layer = Involution2d(channels, kernel_size, stride).to(dtype)
+        if not bias:
+            layer.kernel_generation.span.bias = None
+        nn.init.normal_(layer.kernel_generation.norm.bias)
+        other = copy.deepcopy(layer)
+        x = image(size[0], channels, *size[1:], dtype=dtype)
+        names = operators(monkeypatch)
+        result = everything(layer(x), layer, x)
+        assert names[-1] == "pointwise_backward"
+        with monkeypatch.context() as patch:
+            patch.setattr(BottleneckGeneration, "runs_with", lambda *_: False)
+            expected = everything(other(x), other, x)
+        assert names.count("pointwise_backward") == 1
+        assert_alike(result, expected, TOLERANCE[dtype])
+
+
+def test_derivatives_of_a_layer():
+    torch.manual_seed(0)
+    layer = Involution2d(16, 3, 2, group_channels=8).double()
+    x = image(2, 16, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_layer_keeps_neither_kernels_nor_the_hidden_tensor():
+    layer, x = Involution2d(64, 7), image(2, 64, 8, 8)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        layer(x)
+    assert any(shape[1:2] == (16,) and len(shape) == 4 for shape in kept)  # hooks: the modules run one by one
+    output = layer(x)
+    sizes = [tuple(t.shape) for t in output.grad_fn.saved_tensors if t is not None and t.dim() == 4]
+    assert sorted(sizes) == sorted([(2, 64, 8, 8), (2, 64, 8, 8), (2, 16, 8, 8), (16, 64, 1, 1), (196, 16, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    "other", ["hook", "global hook", "layout", "type", "backend", "no statistics", "functorch", "autocast", "mode"]
+)
+def test_it_leaves_the_modules_to_others(other, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = Involution2d(32, 3), image(2, 32, 6, 6)
+    handle = None
+    if other == "hook":
+        handle = layer.kernel_generation.norm.register_forward_hook(lambda *_: None)
+    elif other == "global hook":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    elif other == "layout":
+        x = x.detach().contiguous().requires_grad_()
+    elif other == "type":
+        layer, x = layer.bfloat16(), x.detach().bfloat16().requires_grad_()
+    elif other == "backend":
+        monkeypatch.setenv("INVOLUTION_BACKEND", "shifted")
+    elif other == "no statistics":
+        layer.kernel_generation.norm = nn.BatchNorm2d(8, track_running_stats=False)
+    names = operators(monkeypatch)
+    if other == "functorch":
+        assert torch.func.grad(lambda x: norm_relu(x, batch_norm(32), nn.ReLU()).sum())(x).shape == x.shape
+    else:
+        watch = FlopCounterMode(display=False) if other == "mode" else contextlib.nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), watch:
+            norm_act(layer(x), nn.BatchNorm2d(32, dtype=x.dtype), nn.ReLU(), nn.Identity())
+    if handle is not None:
+        handle.remove()
+    assert not [name for name in names if name.startswith("norm") and other not in ("no statistics", "hook")]
+    assert "pointwise_backward" not in names
+
+
+def test_a_training_step_of_a_model_in_channels_last(monkeypatch):
+    torch.manual_seed(0)
+    for name in ("rednet26", "resnet26"):
+        model = (
+            create_model(name, num_classes=4, zero_init_residual=False).to(memory_format=torch.channels_last).double()
+        )
+        images = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        losses, gradients = [], []
+        for supported in (norm.supports, lambda *_: False):
+            monkeypatch.setattr(norm, "supports", supported)
+            step = copy.deepcopy(model)
+            losses.append(step(images).square().mean())
+            losses[-1].backward()
+            gradients.append([p.grad for p in step.parameters()] + list(step.buffers()))
+        torch.testing.assert_close(*losses)
+        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
