@@ -4,7 +4,7 @@
 #pragma once
 #include "gemm.h"
 #include "planes.h"
-#include "ring.h"
+#include "tiles.h"
 
 template <class A>
 int64_t whole_registers(int64_t n) {

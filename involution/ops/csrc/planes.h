@@ -197,6 +197,7 @@ NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>
                 constexpr int P = Taps<A, K, S>::PIXELS;
                 if (p.stride == S && p.dilation == 1) {
                     for (; P > 1 && j + P <= tile.last_column; j += P) at(Count<P>{}, j);
+                    for (; P > 3 && j + 3 <= tile.last_column; j += 3) at(Count<3>{}, j);
                     for (; P > 2 && j + 2 <= tile.last_column; j += 2) at(Count<2>{}, j);
                 }
             }
