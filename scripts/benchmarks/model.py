@@ -162,7 +162,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
             report.table(title, breakdown(calls, args.device), "Generated element-wise code is under other.")
     if "training" in parts:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
-        report.table(f"Training step, {settings}", rows, "Forward, backward, SGD with momentum.")
+        note = "Forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one operator."
+        report.table(f"Training step, {settings}", rows, note)
     if "memory" in parts:
         memory(args, report)
 
