@@ -67,7 +67,7 @@ class BottleneckGeneration(SpanGeneration):
     def runs_with(self, x: Tensor) -> bool:
         """Whether it runs together with the involution, as one operator (``involution.ops.layer``)."""
         modules = self.reduce, self.norm, self.span
-        return plain(x, self.norm, self.act, self, self.pool, self.reduce, self.span) and supports(x, *modules)
+        return plain(x, self.norm, self.act, self, self.reduce, self.span) and supports(x, *modules)
 
     def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """``layer(hidden(x))``, which does not keep the hidden tensor for the backward."""

@@ -76,7 +76,7 @@ class Involution2d(nn.Module):
             return torch.ops.involution.involution2d(x, kernel, self.stride, padding, self.dilation)
         if isinstance(generation, BottleneckGeneration) and generation.runs_with(x):
             modules = generation.reduce, generation.norm, generation.span
-            return involution_layer(x, *modules, self.kernel_size, self.stride, self.dilation)
+            return involution_layer(x, generation.pool(x), *modules, self.kernel_size, self.stride, self.dilation)
         if isinstance(generation, SpanGeneration):
             return generation.into(partial(self._fused, x, generation.span), x)
         kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))

@@ -58,10 +58,7 @@ def plain(x: Tensor, norm: nn.Module, act: nn.Module, *others: nn.Module) -> boo
     the modules, compilers, activation checkpointing, function transforms, modes that watch operators."""
     if type(norm) is not nn.BatchNorm2d or type(act) is not nn.ReLU:
         return False
-    if _has_any_global_hook() or any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in (norm, act, *others)
-    ):
+    if _has_any_global_hook() or any(_watched(module) for module in (norm, act, *others)):
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -71,6 +68,11 @@ def plain(x: Tensor, norm: nn.Module, act: nn.Module, *others: nn.Module) -> boo
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is None or hooks[0] is _pack
+
+
+def _watched(m: nn.Module) -> bool:
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(hooks) or "forward" in vars(m)
 
 
 def _again(x: Tensor, norm: nn.BatchNorm2d, dtype: torch.dtype) -> Tensor:

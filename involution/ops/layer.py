@@ -1,4 +1,4 @@
-"""An involution layer in training on the CPU as one operator: pool, reduce, BatchNorm, ReLU, span and involution.
+"""An involution layer in training on the CPU as one operator: reduce, BatchNorm, ReLU, span and involution.
 
 The steps are those of the layer's modules. What is gained lies in the backward: the two gradients of the input are
 added up where the first one lies, and the thin ``reduce`` is differentiated in one pass (csrc/pointwise.h). Neither the
@@ -8,7 +8,7 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho W
 """
 
 import ctypes
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +27,25 @@ class _Pointwise(ctypes.Structure):
 def supports(x: Tensor, reduce: nn.Module, batch_norm: nn.BatchNorm2d, span: nn.Module) -> bool:
     """Whether ``involution_layer`` takes these: plain modules, and tensors as ``norm.norm_relu`` has them."""
     return (
-        type(reduce) is nn.Conv2d
-        and type(span) is nn.Conv2d
+        _pointwise(reduce)
+        and _pointwise(span)
         and reduce.bias is None
         and all(type(p) is nn.Parameter and p.dtype == x.dtype for p in (reduce.weight, *span.parameters()))
-        and x.shape[1] % 16 == 0
+        and reduce.in_channels % 16 == 0
         and not torch.is_autocast_enabled("cpu")
         and norm.supports(x, batch_norm)
     )
 
 
+def _pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    if type(conv) is not nn.Conv2d:
+        return False
+    return conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
 def involution_layer(
     x: Tensor,
+    pooled: Tensor,
     reduce: nn.Conv2d,
     batch_norm: nn.BatchNorm2d,
     span: nn.Conv2d,
@@ -46,11 +53,12 @@ def involution_layer(
     stride: int,
     dilation: int,
 ) -> Tensor:
-    """(B, C, H, W) -> (B, C, Ho, Wo), with padding for Ho = ceil(H / stride); the generator's average pooling too."""
-    pooled = x if stride == 1 else F.avg_pool2d(x, stride, stride, 0, True, False)
+    """x (B, C, H, W), pooled (B, C, Ho, Wo) -> (B, C, Ho, Wo), with padding for Ho = ceil(H / stride). pooled: the
+    generator's input, often x itself."""
     options = kernel_size, stride, dilation * (kernel_size - 1) // 2, dilation
     parameters = reduce.weight, batch_norm.weight, batch_norm.bias, span.weight, span.bias
-    return _InvolutionLayer.apply(x, pooled, *parameters, batch_norm, options)
+    other = None if pooled is x else pooled.contiguous(memory_format=torch.channels_last)
+    return _InvolutionLayer.apply(x, other, *parameters, batch_norm, options)
 
 
 class _InvolutionLayer(torch.autograd.Function):
@@ -58,7 +66,7 @@ class _InvolutionLayer(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        pooled: Tensor,
+        pooled: Tensor | None,
         reduce: Tensor,
         weight: Tensor,
         bias: Tensor,
@@ -67,7 +75,7 @@ class _InvolutionLayer(torch.autograd.Function):
         batch_norm: nn.BatchNorm2d,
         options: tuple[int, int, int, int],
     ) -> Tensor:
-        reduced = F.conv2d(pooled, reduce)
+        reduced = F.conv2d(x if pooled is None else pooled, reduce)
         problem = norm.describe(reduced, batch_norm)
         hidden, coefficients = norm.forward(reduced, batch_norm, problem)
         ctx.save_for_backward(x, pooled, reduced, coefficients, reduce, weight, bias, span, span_bias)
@@ -81,11 +89,10 @@ class _InvolutionLayer(torch.autograd.Function):
         hidden = norm.remake(reduced, coefficients)
         grad_x, grad_hidden, *grad_span = cpu.span_backward(grad, x, hidden, span, span_bias, *ctx.options)
         grad_reduced, *grad_norm, _ = norm.backward(grad_hidden, reduced, weight, bias, coefficients, ctx.problem)
-        alone = ctx.options[1] > 1  # else it is x
-        grad_pooled = torch.empty_like(pooled) if alone else grad_x
         grad_reduce = torch.empty_like(reduce)
-        rows = pooled.numel() // pooled.shape[1]
-        problem = _Pointwise(rows, pooled.shape[1], reduced.shape[1], int(not alone), torch.get_num_threads())
-        tensors = grad_reduced, pooled, reduce, grad_pooled, grad_reduce
-        cpu.call("pointwise_backward", x.dtype, problem, *tensors)
-        return grad_x, grad_pooled if alone else None, grad_reduce, *grad_norm, *grad_span, None, None
+        grad_pooled = None if pooled is None else torch.empty_like(pooled)
+        source, target = (x, grad_x) if pooled is None else (pooled, grad_pooled)
+        rows, channels = source.numel() // source.shape[1], source.shape[1]
+        problem = _Pointwise(rows, channels, reduced.shape[1], int(pooled is None), torch.get_num_threads())
+        cpu.call("pointwise_backward", x.dtype, problem, grad_reduced, source, reduce, target, grad_reduce)
+        return grad_x, grad_pooled, grad_reduce, *grad_norm, *grad_span, None, None
