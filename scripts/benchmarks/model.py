@@ -7,6 +7,7 @@ import argparse
 import copy
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -169,16 +170,18 @@ def run(args: argparse.Namespace, report: Report) -> None:
 
 
 def memory(args: argparse.Namespace, report: Report) -> None:
-    batch = 2 if args.quick else 32
+    batch, repeats = (2, 1) if args.quick else (32, args.repeats)
     rows = []
     for depth in (depth for depth in args.depth if depth != 101):
-        peak = {
-            kind: fresh(peak_memory, f"{kind}{depth}".lower(), batch, args.side, args.device, args.dtype)
-            for kind in kinds(depth)
-        }
-        rows.append({"depth": depth, "batch": batch} | {f"{k} (MiB)": v for k, v in peak.items()})
-        rows[-1]["RedNet / ResNet"] = peak["RedNet"] / peak["ResNet"]
-    report.table("Peak memory of training, above what the imports take", rows, "Fresh processes, default allocator.")
+        peaks: timing.Samples = {kind: [] for kind in kinds(depth)}
+        for _ in range(repeats):
+            for kind, values in peaks.items():
+                model = f"{kind}{depth}".lower()
+                values.append(fresh(peak_memory, model, batch, args.side, args.device, args.dtype))
+        rows.append({"depth": depth, "batch": batch} | {f"{k} (MiB)": median(v) for k, v in peaks.items()})
+        rows[-1]["RedNet / ResNet"] = timing.ratio(peaks, "RedNet", "ResNet")
+    note = "Medians of fresh processes under the default allocator, whose fragmentation differs from run to run."
+    report.table("Peak memory of training, above what the imports take", rows, note)
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
