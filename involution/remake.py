@@ -56,15 +56,15 @@ def norm_act(x: Tensor, norm: nn.Module, act: nn.Module, layer: Callable[[Tensor
 def plain(x: Tensor, norm: nn.Module, act: nn.Module, *others: nn.Module) -> bool:
     """Whether ``norm`` and ``act`` are BatchNorm and ReLU, and nobody else has a say in what is run and kept: hooks of
     the modules, compilers, activation checkpointing, function transforms, modes that watch operators."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_grad_enabled():
+        return False
     if type(norm) is not nn.BatchNorm2d or type(act) is not nn.ReLU:
-        return False
-    if _has_any_global_hook() or any(_watched(module) for module in (norm, act, *others)):
-        return False
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if isinstance(x, torch.fx.Proxy) or torch._C._functorch.is_functorch_wrapped_tensor(x):
         return False
     if torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if _has_any_global_hook() or any(_watched(module) for module in (norm, act, *others)):
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks is None or hooks[0] is _pack

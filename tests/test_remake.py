@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from involution import create_model
 from involution.models.rednet import InvolutionBottleneck
-from involution.remake import norm_act
+from involution.remake import norm_act, norm_relu
 
 
 def plainly(x: Tensor, norm: nn.Module, act: nn.Module, layer: nn.Module) -> Tensor:
-    return layer(act(norm(x)))
+    return layer(norm_relu(x, norm, act))
 
 
 def step(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
@@ -23,7 +23,7 @@ def step(model: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, Tensor], d
     return loss, {n: p.grad for n, p in model.named_parameters()}, model.state_dict()
 
 
-@pytest.mark.parametrize("setting", ["fp32", "bf16", "frozen"])
+@pytest.mark.parametrize("setting", ["fp32", "channels_last", "bf16", "frozen"])
 def test_a_training_step_is_the_same_to_the_bit(setting, monkeypatch):
     torch.manual_seed(0)
     model = create_model("rednet26", num_classes=4, zero_init_residual=False)
@@ -31,6 +31,8 @@ def test_a_training_step_is_the_same_to_the_bit(setting, monkeypatch):
         model.freeze(["layer1"])
         model.layer2.eval()
     images = torch.randn(2, 3, 64, 64)
+    if setting == "channels_last":  # BatchNorm and ReLU are one operator then
+        model, images = (t.to(memory_format=torch.channels_last) for t in (model, images))
     results = []
     for function in (norm_act, plainly):
         monkeypatch.setattr("involution.models.rednet.norm_act", function)

@@ -27,7 +27,6 @@ struct Problem {  // mirrored by cpu.py: same names, same order, all 64-bit
 // Part of the output that one thread handles alone: rows of one image, for a range of groups.
 struct Unit {
     int64_t image, group, last_group, row, last_row, chunk;
-    int thread;
     int64_t groups() const { return last_group - group; }
 };
 
@@ -41,12 +40,13 @@ struct Tile {
 };
 
 constexpr int64_t kPanel = 32;  // columns of a packed panel: whole registers on every machine
+inline int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
 constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed weights share the second-level cache
 
 // Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
 template <class A>
 A* scratch(int slot, int64_t count) {
-    static thread_local std::vector<A> buffers[11];
+    static thread_local std::vector<A> buffers[10];
     constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
     if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
     const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());
@@ -90,10 +90,10 @@ struct Division {
         return double(count) / double((count + threads - 1) / threads * threads);
     }
     int64_t units(const Problem& p) const { return p.batch * chunks * bands; }
-    Unit unit(const Problem& p, int64_t n, int thread) const {
+    Unit unit(const Problem& p, int64_t n) const {
         const int64_t band = n % bands, chunk = n / bands % chunks;
         return {n / bands / chunks, p.groups * chunk / chunks, p.groups * (chunk + 1) / chunks,
-                p.out_height * band / bands, p.out_height * (band + 1) / bands, chunk, thread};
+                p.out_height * band / bands, p.out_height * (band + 1) / bands, chunk};
     }
 };
 
@@ -103,7 +103,7 @@ struct Tiling {
     int64_t rows, columns;
 
     Tiling(const Problem& p, const Unit& unit) {
-        const int64_t columns_of_pixel = (unit.groups() * p.taps() + kPanel - 1) / kPanel * kPanel;
+        const int64_t columns_of_pixel = whole_panels(unit.groups() * p.taps());
         const int64_t budget = std::max<int64_t>(1, kTileBytes / int64_t(sizeof(A)) / columns_of_pixel);
         rows = std::max<int64_t>(1, std::min(budget / p.out_width, unit.last_row - unit.row));
         columns = std::min(budget, p.out_width);
@@ -121,8 +121,8 @@ template <int P>
 using Count = std::integral_constant<int, P>;
 
 // f(lanes, channel) over the channels of a group: full registers, then narrower ones for the rest.
-template <class A, bool WHOLE, int N = kLanes<A>, class F>
+template <class A, int N = kLanes<A>, class F>
 INLINE void each_register(int64_t channel, int64_t channels, F f) {
     for (; channel + N <= channels; channel += N) f(Count<N>{}, channel);
-    if constexpr (!WHOLE && N > 1) each_register<A, WHOLE, N / 2>(channel, channels, f);
+    if constexpr (N > 1) each_register<A, N / 2>(channel, channels, f);
 }

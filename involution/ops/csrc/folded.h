@@ -33,7 +33,7 @@ struct Generator {
             const int64_t top = pixel / p.out_width * p.stride, bottom = std::min(top + p.stride, p.height);
             const int64_t left = pixel % p.out_width * p.stride, right = std::min(left + p.stride, p.width);
             const A share = A(1) / A((bottom - top) * (right - left));
-            each_register<A, false>(0, p.channels, [&](auto lanes, int64_t c) INLINED {
+            each_register<A>(0, p.channels, [&](auto lanes, int64_t c) INLINED {
                 typedef Vec<A, decltype(lanes)::value> V;
                 V sum = V{};
                 for (int64_t y = top; y < bottom; ++y)
@@ -73,7 +73,7 @@ void folded_forward(const Problem& p, const A* x, const A* packed, A* out) {
     const Span<A> spans{p, {span, span_bias, p.hidden}};
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
-            const Unit unit = division.unit(p, n, thread);
+            const Unit unit = division.unit(p, n);
             span_forward<A>(spans, unit, x, [&](const Tile<A>& tile) { return hidden_of(unit, tile); }, step,
                             {scale, scale + p.channels}, out);
         });

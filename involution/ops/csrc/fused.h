@@ -11,8 +11,6 @@ int64_t whole_registers(int64_t n) {
     return (n + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-inline int64_t whole_panels(int64_t columns) { return (columns + kPanel - 1) / kPanel * kPanel; }
-
 // A matrix [columns][depth] transposed in panels of 32 columns, [panel][depth][32], the last filled up with anything.
 template <class A>
 struct Panels {
@@ -77,7 +75,7 @@ struct PackedWeight {
     const A* rows() const { return padded ? padded : weight; }
 
     void pack(int thread, int threads) {
-        each_of((taps + kPanel - 1) / kPanel, thread, threads, [&](int64_t panel) {
+        each_of(whole_panels(taps) / kPanel, thread, threads, [&](int64_t panel) {
             const int64_t have = std::min(kPanel, taps - panel * kPanel);
             const A* from = weight + panel * kPanel * depth;
             A* to = panels + panel * kPanel * depth;
@@ -121,7 +119,7 @@ void span_forward(const Problem& p, const A* x, const A* reduced, const A* weigh
     const Span<A> span{p, packed.transposed()};
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
-            const Unit unit = division.unit(p, n, thread);
+            const Unit unit = division.unit(p, n);
             const auto hidden_of = [&](const Tile<A>& tile) { return reduced + first_pixel(p, unit, tile) * p.hidden; };
             span_forward<A>(span, unit, x, hidden_of, p.hidden, {}, out);
         });
@@ -181,7 +179,7 @@ void span_backward(const Problem& p, const A* grad, const A* x, const A* reduced
         std::fill(own, own + taps * (packed.hidden + 1), A(0));
         const SpanGradients<A> gradients{p, packed, own, own + taps * packed.hidden};
         each_of(division.units(p), thread, count, [&](int64_t n) {
-            const Unit unit = division.unit(p, n, thread);
+            const Unit unit = division.unit(p, n);
             const Tiling<A> tiling(p, unit);
             const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
             Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);

@@ -71,7 +71,7 @@ void forward(const Problem& p, const A* x, const T* kernel, A* out) {
     const Division division(p, true);
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
-            const Unit unit = division.unit(p, n, thread);
+            const Unit unit = division.unit(p, n);
             const Tiling<A> tiling(p, unit);
             InputRows<A> rows(p, unit, tiling.rows, x + unit.image * p.x_batch);
             tiling.each(p, unit, [&](Tile<A> tile) {
@@ -89,7 +89,7 @@ void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* g
     const Division division(p, false);
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
-            const Unit unit = division.unit(p, n, thread);
+            const Unit unit = division.unit(p, n);
             const Tiling<A> tiling(p, unit);
             const T* from = kernel + unit.image * p.kernel_batch;
             const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;

@@ -41,7 +41,7 @@ std::vector<double> sum_rows(const Norm& n, F f) {
         while (row < last) {
             std::fill(sums, sums + 2 * channels, A(0));
             const auto take = [&](auto rows) INLINED {
-                each_register<A, false>(0, channels, [&](auto lanes, int64_t c) INLINED {
+                each_register<A>(0, channels, [&](auto lanes, int64_t c) INLINED {
                     typedef Vec<A, decltype(lanes)::value> V;
                     V sum = load<V>(sums + c), other = load<V>(sums + channels + c);
                     unroll<decltype(rows)::value>([&](auto i) INLINED {
@@ -68,7 +68,7 @@ void each_place(const Norm& n, F f) {
     deal_rows(n, [&](int64_t row, int64_t last, int) {
         const F run = f;
         for (; row < last; ++row)
-            each_register<A, false>(0, channels, [&](auto lanes, int64_t c) INLINED {
+            each_register<A>(0, channels, [&](auto lanes, int64_t c) INLINED {
                 run(Vec<A, decltype(lanes)::value>{}, row * channels + c, c);
             });
     });

@@ -29,8 +29,11 @@ void pointwise_backward(const Pointwise& p, const A* grad, const A* x, const A* 
                     p.channels, nullptr, true);
         }
     });
-    for (int64_t i = 0; i < size; ++i) {
-        grad_weight[i] = sums[i];
-        for (int n = 1; n < team; ++n) grad_weight[i] += sums[n * size + i];
-    }
+    on_threads(threads, [&](int thread, int count) {
+        each_of(size, thread, count, [&](int64_t i) {
+            A sum = 0;
+            for (int n = 0; n < team; ++n) sum += sums[n * size + i];
+            grad_weight[i] = sum;
+        });
+    });
 }

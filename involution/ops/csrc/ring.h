@@ -24,12 +24,12 @@ template <class A>
 class Ring {
 public:
     // Room for the input rows that `tile_rows` output rows see, of the channels of the unit.
-    Ring(const Problem& problem, const Unit& unit, int64_t tile_rows, int slot)
+    Ring(const Problem& problem, const Unit& unit, int64_t tile_rows)
         : p(problem), ringed(with_window<A>(problem, [](auto, auto) {})),
           next_(std::max<int64_t>(0, unit.row * p.stride - p.padding)), first_(unit.group * p.group_channels()),
           count_(unit.groups() * p.group_channels()), size_((tile_rows - 1) * p.stride + p.size),
           block_((p.width + 2 * p.padding) * kLanes<A>), row_(block_ * (count_ / kLanes<A>)),
-          data_(ringed ? scratch<A>(slot, size_ * row_) : nullptr) {}
+          data_(ringed ? scratch<A>(1, size_ * row_) : nullptr) {}
 
     const Problem& p;
     const bool ringed;
@@ -64,7 +64,7 @@ public:
     const A* const image;
 
     InputRows(const Problem& p, const Unit& unit, int64_t tile_rows, const A* from)
-        : Ring<A>(p, unit, tile_rows, 1), image(from) {
+        : Ring<A>(p, unit, tile_rows), image(from) {
         if (!this->ringed) return;
         const int64_t border = p.padding * kLanes<A>, blocks = this->size_ * (this->row_ / this->block_);
         for (A* to = this->data_; to < this->data_ + blocks * this->block_; to += this->block_) {
@@ -87,7 +87,7 @@ public:
     A* const image;  // of the gradient, dense channels_last; the part of the unit's channels becomes complete
 
     GradientRows(const Problem& p, const Unit& unit, int64_t tile_rows, A* to)
-        : Ring<A>(p, unit, tile_rows, 1), image(to) {}
+        : Ring<A>(p, unit, tile_rows), image(to) {}
 
     // Sets the rows to zero that output rows first...last add to and none did before. Only now: the cache has them then.
     void advance(int64_t first, int64_t last) {

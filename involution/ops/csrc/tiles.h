@@ -17,7 +17,7 @@ INLINE void each_block(const Problem& p, const Unit& unit, const Tile<A>& tile, 
             find_places(w, steps, i, j, pixels, places);
             const A* kernel = tile.values + (i - tile.row) * tile.row_step + (j - tile.column) * tile.pixel_step;
             for (int64_t g = unit.group; g < unit.last_group; ++g, kernel += p.taps())
-                each_register<A, false>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
+                each_register<A>(g * width, (g + 1) * width, [&](auto lanes, int64_t c) INLINED {
                     f(Block<A, decltype(pixels)::value, decltype(lanes)::value>{}, first * p.size, last * p.size, places,
                       kernel, (i * p.out_width + j) * p.channels + c, c);
                 });
