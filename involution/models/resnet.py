@@ -9,25 +9,46 @@ from typing import Any
 
 from torch import nn
 
-from involution.models.bottleneck import Bottleneck, BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
+
+
+class DeepStem(nn.Sequential):
+    """Three 3x3 convolutions to 32, 32 and 64 channels, the first of stride 2, each with BatchNorm and ReLU."""
+
+    def __init__(self, in_chans: int) -> None:
+        widths = (in_chans, STAGE_WIDTHS[0] // 2, STAGE_WIDTHS[0] // 2, STAGE_WIDTHS[0])
+        layers: list[nn.Module] = []
+        for i in range(3):
+            layers.append(nn.Conv2d(widths[i], widths[i + 1], 3, 1 if i else 2, 1, bias=False))
+            layers += [nn.BatchNorm2d(widths[i + 1]), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
 
 
 class ResNet(BottleneckNetwork):
-    """ResNet with ``depths`` bottlenecks in its four stages; arguments as in ``BottleneckNetwork``."""
+    """ResNet with ``depths`` bottlenecks in its four stages.
+
+    Args:
+        stem: "convolution" (7x7), or "deep": the three 3x3 convolutions of Cityscapes' baselines (Tables 4 and 5).
+        num_classes, output_stride, zero_init_residual: see ``BottleneckNetwork``.
+    """
 
     def __init__(
         self,
         depths: Sequence[int],
         num_classes: int = 1000,
         in_chans: int = 3,
+        stem: str = "convolution",
         output_stride: int = 32,
         zero_init_residual: bool = True,
     ) -> None:
         def spatial(channels: int, stride: int, dilation: int) -> nn.Module:
             return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
 
+        if stem not in ("convolution", "deep"):
+            raise ValueError(f'stem is {stem!r}; it should be "convolution" or "deep"')
+        stem_module = DeepStem(in_chans) if stem == "deep" else ConvolutionStem(in_chans)
         block = partial(Bottleneck, spatial=spatial)
-        super().__init__(ConvolutionStem(in_chans), block, depths, num_classes, output_stride, zero_init_residual)
+        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual)
 
 
 def resnet26(**options: Any) -> ResNet:

@@ -1,0 +1,72 @@
+"""What detectors and segmentors share: the backbone and the pyramid."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import involution
+from involution.dense.backbone import LEVELS, build_backbone
+from involution.dense.pyramid import FeaturePyramid
+from involution.weights import to_released
+
+
+def test_a_frozen_backbone_trains_affine_parameters_of_later_stages_alone():
+    backbone = build_backbone({"name": "rednet26", "freeze": 1, "norm_eval": True}).eval().train()
+    assert not any(module.training for module in backbone.modules() if isinstance(module, _BatchNorm))
+    assert backbone.layer2.training
+    trains = {name.split(".")[0] for name, p in backbone.named_parameters() if p.requires_grad}
+    assert trains == {"layer2", "layer3", "layer4"}
+    before = {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    sum(level.square().mean() for level in backbone(torch.randn(1, 3, 65, 97))).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in backbone.named_buffers())
+    assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
+    assert backbone.layer4[0].bn3.weight.grad.abs().sum() > 0
+
+
+def test_everything_trains_where_nothing_is_frozen():
+    backbone = build_backbone("resnet26").train()
+    assert all(p.requires_grad for p in backbone.parameters())
+    assert all(module.training for module in backbone.modules())
+
+
+@pytest.mark.parametrize(
+    ("neck", "extra", "levels"), [("involution", "subsample", 5), ("convolution", "convolution", 5)]
+)
+def test_a_pyramid_of_odd_sizes(neck, extra, levels):
+    pyramid = FeaturePyramid(LEVELS, neck, extra).train()
+    sizes = [(25, 33), (13, 17), (7, 9), (4, 5)]
+    found = pyramid([torch.randn(1, c, *size) for c, size in zip(LEVELS, sizes)])
+    assert [tuple(x.shape[1:]) for x in found[:4]] == [(256, *size) for size in sizes]
+    assert len(found) == levels + (extra == "convolution")
+    assert tuple(found[4].shape[2:]) == (2, 3)
+    sum(x.sum() for x in found).backward()
+    assert all(p.grad is not None for p in pyramid.parameters())
+    assert not any(m.bias.any() for m in pyramid.modules() if isinstance(m, nn.Conv2d) and m.bias is not None)
+
+
+def test_a_backbone_starts_from_a_classifier_s_weights(tmp_path):
+    model = involution.create_model("rednet26", num_classes=5, stem_kernel_size=7)
+    torch.save(model.state_dict(), tmp_path / "ours.pt")
+    torch.save({"state_dict": to_released(model.state_dict())}, tmp_path / "released.pth")
+    for file in ("ours.pt", "released.pth"):
+        backbone = build_backbone({"name": "rednet26", "pretrained": tmp_path / file})
+        state = backbone.state_dict()
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items() if key[:2] != "fc")
+    with pytest.raises(ValueError, match="stem_kernel_size=3"):
+        build_backbone({"name": "rednet26", "pretrained": tmp_path / "ours.pt", "stem_kernel_size": 3})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "should have a name"),
+        ({"name": "rednet51"}, "rednet50"),
+        ({"name": "rednet50", "kernelsize": 3}, "kernel_size"),
+        ({"name": "rednet50", "output_stride": 8}, "output_stride"),
+        ({"name": "resnet50", "stem": "shallow"}, "deep"),
+    ],
+)
+def test_wrong_backbones(config, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=message):
+        build_backbone(config)
