@@ -1,13 +1,20 @@
 """Schedules as the paper and the released configuration give them; parameter groups; momentum after a skipped step."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+from data import Batch
 from involution import create_model
+from involution.engine.checkpoint import digest
+from involution.engine.distributed import World
+from involution.engine.learner import Learner
 from involution.engine.optim import build_schedule, exponential_average, parameter_groups, prepare
+from involution.engine.options import TrainOptions
+from involution.engine.task import Classification
 
 EPOCHS, STEPS = 130, 626  # ImageNet: ceil(1281167 / 2048) steps an epoch
 
@@ -73,13 +80,44 @@ def test_an_optimizer_that_cannot_skip_on_the_device_is_refused():
         prepare(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
 
 
-def test_average_follows_weights_and_statistics():
-    model = nn.BatchNorm1d(2)
-    average = exponential_average(model, 0.9)
-    average.update_parameters(model)
-    with torch.no_grad():
-        model.weight.fill_(2.0)
-        model.running_mean.fill_(1.0)
-    average.update_parameters(model)
-    torch.testing.assert_close(average.module.weight, torch.full((2,), 1.1))
-    torch.testing.assert_close(average.module.running_mean, torch.full((2,), 0.1))
+def test_average_follows_weights_and_statistics_with_timms_warm_up():
+    model = nn.BatchNorm1d(1)
+    average = exponential_average(model, 0.7)
+    expected = None
+    for step in range(1, 12):
+        with torch.no_grad():
+            model.weight.fill_(step)
+            model.running_mean.fill_(-step)
+        average.update(model, step)
+        decay = min(0.7, 1 - step ** (-2 / 3))  # 0 at the first step: the random start counts for nothing
+        expected = step if expected is None else decay * expected + (1 - decay) * step
+        assert average.module.weight.item() == pytest.approx(expected)
+        assert average.module.running_mean.item() == pytest.approx(-expected)
+    assert 1 - 11 ** (-2 / 3) > 0.7, "the decay that was asked for has been reached"
+
+
+def learner(schedule) -> Learner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
+    options = TrainOptions(precision="fp32", compile=False, clip_grad_norm=None, ema_decay=0.9999, max_bad_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=schedule(0), momentum=0.9, fused=True)
+    return Learner(model, Classification(), optimizer, schedule, options, World(0, 1, torch.device("cpu")))
+
+
+def test_a_run_resumed_after_its_last_step_saves_what_it_loaded():
+    """Stopped between the last step and its evaluation: the learning rate of that step stays, the average goes on."""
+    cosine = build_schedule(0.1, 1, 4, name="cosine", warmup_epochs=0, warmup_start=0.25)
+    batch = Batch(torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 1, 0]), 4)
+    untouched = learner(cosine)
+    for step in range(4):
+        if step == 3:
+            between = copy.deepcopy(untouched.state_dict())
+        untouched.step(step, [batch], 1, 4)
+    last = untouched.state_dict()
+    assert [group["lr"] for group in last["optimizer"]["param_groups"]] == [cosine(3)]
+    resumed = learner(cosine)
+    resumed.load_state_dict(between)
+    resumed.step(3, [batch], 1, 4)
+    evaluated = learner(cosine)
+    evaluated.load_state_dict(copy.deepcopy(last))
+    assert digest(resumed.state_dict()) == digest(evaluated.state_dict()) == digest(last)

@@ -80,7 +80,7 @@ class Learner:
         bad = self._update()
         self.guard.record(bad, total / samples)
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model, step + 1)
         return total, bad
 
     def _update(self) -> Tensor:
@@ -117,8 +117,10 @@ class Learner:
         if self.ema is not None:
             if state["ema"] is None:
                 raise UserError("train.ema_decay is set, but the checkpoint to resume has no average of the weights")
-            self.ema.load_state_dict(state["ema"])
-        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+            self.ema.load_state_dict({k: v for k, v in state["ema"].items() if k != "n_averaged"})  # of earlier code
+        # the learning rate is the last step's, in both: one that is resumed for its evaluation alone saves it again
+        own = ("params", "lr")
+        configured = [{k: v for k, v in group.items() if k not in own} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(values)
