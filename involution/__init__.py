@@ -8,9 +8,9 @@ from involution.layers import Involution2d
 from involution.loading import load
 from involution.models import create_model
 from involution.models.timm_hook import register_with_timm
-from involution.ops import involution2d
+from involution.ops import involution2d, neighbourhood_product
 
 register_with_timm()
 
 __version__ = "0.1.0"
-__all__ = ["Involution2d", "__version__", "create_model", "fold", "involution2d", "load"]
+__all__ = ["Involution2d", "__version__", "create_model", "fold", "involution2d", "load", "neighbourhood_product"]

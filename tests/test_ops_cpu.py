@@ -66,7 +66,8 @@ def _parity(backend: ModuleType, case: tuple[int, ...], dtype: torch.dtype, pixe
     _close(backend.forward(x, kernel, *options), reference.forward(x.double(), kernel.double(), *options), dtype)
     found = backend.backward(grad, x, kernel, *options, True, True)
     expected = reference.backward(grad.double(), x.double(), kernel.double(), *options, True, True)
-    for ours, theirs in zip(found, expected, strict=True):
+    alone = backend.transpose(grad, kernel, height, width, *options), backend.product(grad, x, size, groups, *options)
+    for ours, theirs in zip((*found, *alone), (*expected, *expected), strict=True):
         _close(ours, theirs, dtype)
 
 

@@ -63,6 +63,13 @@ def test_values_and_gradients(case: tuple) -> None:
     expected = reference.involution2d(exact[0], exact[1], stride, padding, dilation)
     results = [out, *torch.autograd.grad(out, leaves[:2], grad)]
     references = [expected, *torch.autograd.grad(expected, exact[:2], grad.double())]
+    if case in CASES[:2]:  # the gradients again, one by one
+        options = (stride, padding, dilation)
+        results += [
+            torch.ops.involution.involution2d_transpose(grad, values[1], *values[0].shape[2:], *options),
+            torch.ops.involution.neighbourhood_product(grad, values[0], K, G, *options),
+        ]
+        references += references[1:]
 
     out = span_involution2d(leaves[0], *leaves[2:4], leaves[4] if len(leaves) > 4 else None, K, stride=stride,
                             padding=padding, dilation=dilation)  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import build
-from .shapes import channels_dense, empty_kernel, layout, output_hw
+from .shapes import channels_dense, empty_kernel, empty_product, layout, output_hw
 
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
@@ -148,6 +148,33 @@ def backward(
         None if grad_input is None else _placed(grad_input, input),
         None if grad_kernel is None else grad_kernel.to(dtype),
     )
+
+
+def transpose(
+    grad: Tensor, kernel: Tensor, height: int, width: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the input alone: grad (B, C, Ho, Wo) -> (B, C, height, width)."""
+    grads = _pixels(grad, dense=True)
+    out = _new_image((grad.shape[0], grad.shape[1], height, width), grad)
+    pixels = out.permute(0, 2, 3, 1)
+    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
+    _describe_taps(problem, taps)
+    call("backward", grads.dtype, problem, grads, None, taps, out, None)
+    return _placed(out, grad)
+
+
+def product(
+    query: Tensor, key: Tensor, kernel_size: int, groups: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the kernel alone: query (B, C, Ho, Wo), key (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
+    pixels, queries = _pixels(key), _pixels(query, dense=True)
+    problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
+    out = empty_product(query.float() if query.dtype == torch.float16 else query, groups, kernel_size)
+    taps = _taps(out)
+    _describe_taps(problem, taps)
+    call("backward", pixels.dtype, problem, queries, pixels, None, None, taps)
+    return out.to(query.dtype)
 
 
 def span_forward(

@@ -1,4 +1,4 @@
-"""`involution2d` and `span_involution2d`: the checks in front of the registered operators.
+"""`involution2d`, `neighbourhood_product` and `span_involution2d`: the checks in front of the registered operators.
 
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels of the
 kernel generator.
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import registration  # noqa: F401  (defines torch.ops.involution)
 from .shapes import output_hw
+from .transforms import apply
 
 
 def involution2d(
@@ -34,7 +35,41 @@ def involution2d(
     padding = _check_options(input, kernel.shape[2], stride, padding, dilation)
     _check_kernel(input, kernel, stride, padding, dilation)
     _check_same("kernel", kernel, input)
-    return torch.ops.involution.involution2d(input, kernel, stride, padding, dilation)
+    return apply("involution2d", input, kernel, stride, padding, dilation)
+
+
+def neighbourhood_product(
+    query: Tensor, key: Tensor, kernel_size: int, *, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> Tensor:
+    """The scores of local attention: every query times the keys of its K x K window, summed over a group's channels.
+
+    scores[b, g, u, v, i, j] = sum over the channels c of group g of query[b, c, i, j] * key[b, c, i', j'], where
+    (i', j') is tap (u, v) of the window that `involution2d` takes at (i, j). It is the gradient of `involution2d` with
+    respect to its kernel, for the input `key` and the output gradient `query`; nothing is unfolded.
+
+    Args:
+        query: (B, C, Ho, Wo), floating point, any memory format; Ho = ceil(H / stride).
+        key: (B, C, H, W) of the same type (under autocast any).
+        kernel_size: K, odd.
+        stride, dilation: of the windows, as in `involution2d` with its default padding.
+        groups: G, the heads; it divides C.
+
+    Returns:
+        (B, G, K, K, Ho, Wo), 0 at taps outside the image, added up in float32 at least.
+
+    Raises:
+        ValueError: a shape, type, device or option does not fit.
+    """
+    padding = _check_options(key, kernel_size, stride, None, dilation, name="key")
+    if groups < 1 or key.shape[1] % groups != 0:
+        raise ValueError(f"groups is {groups}; it should divide the C = {key.shape[1]} channels of key")
+    expected = (*key.shape[:2], *output_hw(key, kernel_size, stride, padding, dilation))
+    if tuple(query.shape) != expected:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)}; for key {tuple(key.shape)}, stride {stride} it should be {expected}"
+        )
+    _check_same("query", query, key, "key")
+    return apply("neighbourhood_product", query, key, kernel_size, groups, stride, padding, dilation)
 
 
 def span_involution2d(
@@ -75,12 +110,14 @@ def span_involution2d(
     return torch.ops.involution.span_involution2d(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
 
 
-def _check_options(input: Tensor, kernel_size: int, stride: int, padding: int | None, dilation: int) -> int:
-    """Checks what both operators share; returns the padding as a number."""
+def _check_options(
+    input: Tensor, kernel_size: int, stride: int, padding: int | None, dilation: int, name: str = "input"
+) -> int:
+    """Checks what the operators share; returns the padding as a number."""
     if input.dim() != 4:
-        raise ValueError(f"input has shape {tuple(input.shape)}; it should be (B, C, H, W)")
+        raise ValueError(f"{name} has shape {tuple(input.shape)}; it should be (B, C, H, W)")
     if not input.is_floating_point():
-        raise ValueError(f"input is {input.dtype}; it should be a floating-point tensor")
+        raise ValueError(f"{name} is {input.dtype}; it should be a floating-point tensor")
     if kernel_size % 2 == 0 or kernel_size < 1:
         raise ValueError(f"the kernel size is {kernel_size}; it should be odd and positive, so that it has a centre")
     for name, value in (("stride", stride), ("dilation", dilation)):
@@ -131,8 +168,8 @@ def _check_span(input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | N
             _check_same(name, tensor, input)
 
 
-def _check_same(name: str, tensor: Tensor, input: Tensor) -> None:
+def _check_same(name: str, tensor: Tensor, input: Tensor, other: str = "input") -> None:
     if tensor.device != input.device:
-        raise ValueError(f"{name} is on {tensor.device}; it should be on {input.device}, where input is")
+        raise ValueError(f"{name} is on {tensor.device}; it should be on {input.device}, where {other} is")
     if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-        raise ValueError(f"{name} is {tensor.dtype}; it should be {input.dtype}, as input is (or use autocast)")
+        raise ValueError(f"{name} is {tensor.dtype}; it should be {input.dtype}, as {other} is (or use autocast)")

@@ -41,17 +41,30 @@ def backward(
     needs_kernel: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The two products of Algorithm 1 turned round; autograd through `involution2d` gives the same."""
-    batch, groups, size, _, height, width = kernel.shape
-    wide = torch.promote_types(input.dtype, torch.float32)
+    options, groups, size = (stride, padding, dilation), kernel.shape[1], kernel.shape[2]
+    grad_input = transpose(grad, kernel, input.shape[2], input.shape[3], *options) if needs_input else None
+    return grad_input, product(grad, input, size, groups, *options) if needs_kernel else None
+
+
+def transpose(
+    grad: Tensor, kernel: Tensor, height: int, width: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the input: grad (B, C, Ho, Wo) -> (B, C, height, width)."""
+    batch, groups, size, _, *out = kernel.shape
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    columns = grad.to(wide).reshape(batch, groups, -1, 1, *out) * kernel.to(wide).flatten(2, 3).unsqueeze(2)
+    columns = columns.reshape(batch, -1, out[0] * out[1])
     options = {"dilation": dilation, "padding": padding, "stride": stride}
-    grads = grad.to(wide).reshape(batch, groups, -1, 1, height, width)
-    grad_input = grad_kernel = None
-    if needs_input:
-        columns = grads * kernel.to(wide).reshape(batch, groups, 1, size * size, height, width)
-        columns = columns.reshape(batch, -1, height * width)
-        grad_input = F.fold(columns, input.shape[2:], size, **options).to(input.dtype)
-    if needs_kernel:
-        columns = F.unfold(input.to(wide), size, **options)
-        columns = columns.view(batch, groups, -1, size * size, height, width)
-        grad_kernel = (columns * grads).sum(dim=2).view(kernel.shape).to(kernel.dtype)
-    return grad_input, grad_kernel
+    return F.fold(columns, (height, width), size, **options).to(grad.dtype)
+
+
+def product(
+    query: Tensor, key: Tensor, kernel_size: int, groups: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the kernel: query (B, C, Ho, Wo), key (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
+    batch, _, height, width = query.shape
+    wide = torch.promote_types(query.dtype, torch.float32)
+    columns = F.unfold(key.to(wide), kernel_size, dilation=dilation, padding=padding, stride=stride)
+    columns = columns.view(batch, groups, -1, kernel_size**2, height, width)
+    scores = (columns * query.to(wide).reshape(batch, groups, -1, 1, height, width)).sum(dim=2)
+    return scores.unflatten(2, (kernel_size, kernel_size)).to(query.dtype)

@@ -1,4 +1,4 @@
-"""torch.library registration: the operators `involution::*` with fake kernels, autograd, autocast and FLOP formulas.
+"""torch.library registration: the fused operator, and autocast and FLOP formulas of all (the plain: bilinear.py).
 
 The forward operators save their inputs only; the fused one makes its kernels again in the backward, never storing them.
 
@@ -11,89 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, composed
-from .shapes import empty_kernel, empty_output, layout, output_hw
+from . import backends, bilinear, composed  # noqa: F401  (bilinear defines the plain operators)
+from .shapes import empty_output, nothing, output_hw, placed
 
-_OPERATORS = ("involution2d", "span_involution2d")
-
-
-def _nothing(like: Tensor) -> Tensor:
-    """Stands for a gradient nobody asked for (an operator's schema has no optional results)."""
-    return like.new_empty(0)
-
-
-def _placed(result: Tensor | None, like: Tensor) -> Tensor:
-    """`result` in the memory format of `like`, as the fake kernels promise; a copy only if a backend chose another."""
-    return _nothing(like) if result is None else result.contiguous(memory_format=layout(like))
-
-
-# ---- involution2d ----------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("involution::involution2d", mutates_args=())
-def _forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    if input.numel() == 0:
-        return _forward_fake(input, kernel, stride, padding, dilation)
-    out = backends.choose(input, kernel).forward(input, kernel, stride, padding, dilation)
-    return _placed(out, input)
-
-
-@_forward.register_fake
-def _forward_fake(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    return empty_output(input, input.shape[1], *output_hw(input, kernel.shape[2], stride, padding, dilation))
-
-
-@torch.library.custom_op("involution::involution2d_backward", mutates_args=())
-def _backward(
-    grad: Tensor,
-    input: Tensor,
-    kernel: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    needs_input: bool,
-    needs_kernel: bool,
-) -> tuple[Tensor, Tensor]:
-    args = (grad, input, kernel, stride, padding, dilation, needs_input, needs_kernel)
-    if input.numel() == 0:
-        return _backward_fake(*args)
-    grad_input, grad_kernel = backends.choose(input, kernel).backward(*args)
-    if grad_kernel is None:
-        return _placed(grad_input, input), _nothing(kernel)
-    promised = empty_kernel(kernel, "meta").stride()
-    if grad_kernel.stride() != promised:
-        grad_kernel = empty_kernel(kernel).copy_(grad_kernel)
-    return _placed(grad_input, input), grad_kernel
-
-
-@_backward.register_fake
-def _backward_fake(
-    grad: Tensor,
-    input: Tensor,
-    kernel: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    needs_input: bool,
-    needs_kernel: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_input = empty_output(input, *input.shape[1:]) if needs_input else _nothing(input)
-    return grad_input, empty_kernel(kernel) if needs_kernel else _nothing(kernel)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.options = inputs[2:]
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    input, kernel = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    grads = torch.ops.involution.involution2d_backward(grad, input, kernel, *ctx.options, *needs)
-    return (*(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None)
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+_OPERATORS = ("involution2d", "span_involution2d", "neighbourhood_product")
 
 # ---- span_involution2d -----------------------------------------------------------------------------------------------
 
@@ -114,8 +35,8 @@ def _span(
         return _span_fake(*args)
     backend = backends.choose(input, weight)
     if hasattr(backend, "span_forward"):
-        return _placed(backend.span_forward(*args), input)
-    return _placed(composed.span_forward(backend, *args), input)
+        return placed(backend.span_forward(*args), input)
+    return placed(composed.span_forward(backend, *args), input)
 
 
 @_span.register_fake
@@ -153,8 +74,8 @@ def _span_backward(
     else:
         grads = composed.span_backward(backend, *args)
     grad_weight = grads[2].reshape(weight.shape).contiguous()
-    grad_bias = _nothing(weight) if bias is None else grads[3]
-    return _placed(grads[0], input), _placed(grads[1], reduced), grad_weight, grad_bias
+    grad_bias = nothing(weight) if bias is None else grads[3]
+    return placed(grads[0], input), placed(grads[1], reduced), grad_weight, grad_bias
 
 
 @_span_backward.register_fake
@@ -170,7 +91,7 @@ def _span_backward_fake(
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_input, grad_reduced = empty_output(input, *input.shape[1:]), empty_output(reduced, *reduced.shape[1:])
-    grad_bias = _nothing(weight) if bias is None else torch.empty_like(bias)
+    grad_bias = nothing(weight) if bias is None else torch.empty_like(bias)
     return grad_input, grad_reduced, weight.new_empty(weight.shape), grad_bias
 
 
@@ -235,6 +156,20 @@ def _backward_flops(
     grad: Any, input: Any, kernel: Any, stride: int, padding: int, dilation: int, x: bool, k: bool, **_: Any
 ) -> int:
     return (int(x) + int(k)) * _window_flops(input, kernel[2], stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.involution.involution2d_transpose)
+def _transpose_flops(
+    grad: Any, kernel: Any, height: int, width: int, stride: int, padding: int, dilation: int, **_: Any
+) -> int:
+    return _window_flops((*grad[:2], height, width), kernel[2], stride, padding, dilation)
+
+
+@register_flop_formula(torch.ops.involution.neighbourhood_product)
+def _product_flops(
+    query: Any, key: Any, size: int, groups: int, stride: int, padding: int, dilation: int, **_: Any
+) -> int:
+    return _window_flops(key, size, stride, padding, dilation)
 
 
 @register_flop_formula(torch.ops.involution.span_involution2d)

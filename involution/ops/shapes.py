@@ -34,6 +34,16 @@ def empty_output(input: Tensor, channels: int, height: int, width: int) -> Tenso
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout(input))
 
 
+def nothing(like: Tensor) -> Tensor:
+    """Stands for a gradient nobody asked for (an operator's schema has no optional results)."""
+    return like.new_empty(0)
+
+
+def placed(result: Tensor | None, like: Tensor) -> Tensor:
+    """`result` in the memory format of `like`, as the fake kernels promise; a copy only if a backend chose another."""
+    return nothing(like) if result is None else result.contiguous(memory_format=layout(like))
+
+
 def taps_dense(kernel: Tensor) -> bool:
     """True where the G*K*K values of one pixel lie together: (B, G, K, K, Ho, Wo) seen in a channels_last tensor."""
     size = kernel.shape[2]
@@ -43,8 +53,21 @@ def taps_dense(kernel: Tensor) -> bool:
 def empty_kernel(kernel: Tensor, device: torch.device | str | None = None) -> Tensor:
     """An uninitialised tensor of the shape of `kernel` (B, G, K, K, Ho, Wo) and of its layout."""
     batch, groups, size, _, height, width = kernel.shape
-    device = kernel.device if device is None else device
-    if not taps_dense(kernel):
-        return torch.empty(kernel.shape, dtype=kernel.dtype, device=device)
-    dense = torch.empty((batch, height, width, groups, size, size), dtype=kernel.dtype, device=device)
-    return dense.permute(0, 3, 4, 5, 1, 2)
+    return _empty_kernel(kernel, (batch, groups, size, height, width), taps_dense(kernel), device)
+
+
+def empty_product(query: Tensor, groups: int, kernel_size: int, device: torch.device | str | None = None) -> Tensor:
+    """An uninitialised (B, G, K, K, Ho, Wo) for a query of (B, C, Ho, Wo): its taps lie together if the channels do."""
+    batch, _, height, width = query.shape
+    return _empty_kernel(query, (batch, groups, kernel_size, height, width), channels_dense(query), device)
+
+
+def _empty_kernel(
+    like: Tensor, sizes: tuple[int, int, int, int, int], dense: bool, device: torch.device | str | None
+) -> Tensor:
+    batch, groups, size, height, width = sizes
+    device = like.device if device is None else device
+    if not dense:
+        return torch.empty((batch, groups, size, size, height, width), dtype=like.dtype, device=device)
+    pixels = torch.empty((batch, height, width, groups, size, size), dtype=like.dtype, device=device)
+    return pixels.permute(0, 3, 4, 5, 1, 2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shapes import empty_kernel, empty_output, layout, output_hw
+from .shapes import empty_kernel, empty_output, empty_product, layout, output_hw
 
 
 def unsupported(input: Tensor, kernel: Tensor) -> str | None:
@@ -66,22 +66,36 @@ def backward(
     needs_kernel: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients in the layouts of input (B, C, H, W) and kernel (B, G, K, K, Ho, Wo)."""
-    groups, channels = kernel.shape[1], input.shape[1]
-    wide_grad = _wide(grad.contiguous(memory_format=layout(input))).unflatten(1, (groups, channels // groups))
-    padded = _padded(input, padding)
-    grad_padded = torch.zeros_like(padded) if needs_input else None
-    grad_kernel = empty_kernel(kernel) if needs_kernel else None
-    if grad_padded is not None:
-        for row, column, window in _taps(grad_padded, kernel, stride, dilation):
-            window.addcmul_(wide_grad, _wide(kernel[:, :, row, column]).unsqueeze(2))
-    if grad_kernel is not None:
-        for row, column, window in _taps(padded, kernel, stride, dilation):
-            grad_kernel[:, :, row, column] = (wide_grad * window).sum(dim=2)
-    return _unpadded(grad_padded, input, padding), grad_kernel
+    grad = grad.contiguous(memory_format=layout(input))
+    options = (stride, padding, dilation)
+    grad_input = transpose(grad, kernel, input.shape[2], input.shape[3], *options) if needs_input else None
+    grad_kernel = _product(grad, input, empty_kernel(kernel), *options) if needs_kernel else None
+    return grad_input, grad_kernel
 
 
-def _unpadded(padded: Tensor | None, input: Tensor, padding: int) -> Tensor | None:
-    if padded is None:
-        return None
-    inner = F.pad(padded, (-padding,) * 4)
-    return empty_output(input, *input.shape[1:]).copy_(inner)
+def transpose(
+    grad: Tensor, kernel: Tensor, height: int, width: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the input, grad (B, C, Ho, Wo) -> (B, C, height, width), in the layout of `grad`."""
+    channels, groups = grad.shape[1], kernel.shape[1]
+    wide_grad = _wide(grad).unflatten(1, (groups, channels // groups))
+    padded = _wide(empty_output(grad, channels, height + 2 * padding, width + 2 * padding)).zero_()
+    for row, column, window in _taps(padded, kernel, stride, dilation):
+        window.addcmul_(wide_grad, _wide(kernel[:, :, row, column]).unsqueeze(2))
+    return empty_output(grad, channels, height, width).copy_(F.pad(padded, (-padding,) * 4))
+
+
+def product(
+    query: Tensor, key: Tensor, kernel_size: int, groups: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    """The gradient of the kernel: query (B, C, Ho, Wo), key (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
+    out = empty_product(query, groups, kernel_size)
+    return _product(query.contiguous(memory_format=layout(key)), key, out, stride, padding, dilation)
+
+
+def _product(query: Tensor, key: Tensor, out: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
+    groups = out.shape[1]
+    wide_query = _wide(query).unflatten(1, (groups, query.shape[1] // groups))
+    for row, column, window in _taps(_padded(key, padding), out, stride, dilation):
+        out[:, :, row, column] = (wide_query * window).sum(dim=2)
+    return out

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import triton_gradients, triton_kernels
-from .shapes import empty_kernel, empty_output, output_hw
+from .shapes import empty_kernel, empty_output, empty_product, output_hw
 
 INTERPRETED = triton.knobs.runtime.interpret
 _ACCUMULATE = {torch.float64: tl.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), tl.float32)
@@ -216,6 +216,24 @@ def backward(
     if grad_kernel is not None:
         _run(plan_grad_kernel(grad, input, grad_kernel, common), input.device)
     return grad_input, grad_kernel
+
+
+def transpose(
+    grad: Tensor, kernel: Tensor, height: int, width: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    out = empty_output(grad, grad.shape[1], height, width)
+    common = common_arguments(out, kernel.shape[2], kernel.shape[1], None, stride, padding, dilation)
+    _run(plan_grad_input(grad, kernel, None, None, None, out, common), grad.device)
+    return out
+
+
+def product(
+    query: Tensor, key: Tensor, kernel_size: int, groups: int, stride: int, padding: int, dilation: int
+) -> Tensor:
+    common = common_arguments(key, kernel_size, groups, None, stride, padding, dilation)
+    out = empty_product(query, groups, kernel_size)
+    _run(plan_grad_kernel(query, key, out, common), key.device)
+    return out
 
 
 def _span(
