@@ -19,7 +19,6 @@ from involution.engine.distributed import init_world, leave_world
 from involution.engine.evaluate import evaluate
 from involution.engine.load import build_evaluation
 from involution.engine.predict import predict_images
-from involution.engine.predictions import Recorded
 from involution.engine.run import log_to
 
 CONF = Path(__file__).resolve().parent / "conf"
@@ -37,16 +36,11 @@ def main(composed: DictConfig) -> None:
             cli.print_result(predict_images(config, HydraConfig.get().overrides.task, world))
         return
     with cli.user_input():
-        recorded = None if config.predictions is None else Recorded(config.predictions)
-        model, loader, task, samples = build_evaluation(config, HydraConfig.get().overrides.task, world)
+        model, loader, evaluation, samples, printed = build_evaluation(config, HydraConfig.get().overrides.task, world)
     with closing(loader):
-        metrics = evaluate(model, loader, recorded or task, world, samples=samples, precision=config.precision)
-        if recorded is not None:
-            recorded.write(loader, world)
+        results = evaluate(model, loader, evaluation, world, samples=samples, precision=config.precision)
     if world.is_main:
-        cli.print_result(
-            {"checkpoint": str(config.checkpoint)} | {key: metrics[key] for key in ("top1", "top5", "loss", "n")}
-        )
+        cli.print_result({"checkpoint": str(config.checkpoint)} | {key: results[key] for key in printed})
 
 
 if __name__ == "__main__":

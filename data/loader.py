@@ -30,6 +30,12 @@ class Batch(NamedTuple):
     targets: torch.Tensor
     valid: int
 
+    def to(self, device: torch.device, *, channels_last: bool) -> "Batch":
+        """The batch on the device, copied beside the computation when it lies in pinned memory."""
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        images = self.images.to(device, non_blocking=True, memory_format=memory_format)
+        return self._replace(images=images, targets=self.targets.to(device, non_blocking=True))
+
 
 class Loaded(NamedTuple):
     """A batch in 8 bits, pictures (b, S, S, 3) on the device and targets (b,), and its files that could not be read."""

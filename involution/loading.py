@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from involution.models import BottleneckNetwork, create_model, load_model
-from involution.weights import fetch, load_into
+from involution.weights import describe, fetch, load_into
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +29,7 @@ class Opened(NamedTuple):
     model: BottleneckNetwork
     class_names: list[str] | None  # None where the file does not tell
     data: dict[str, Any]  # the run's `data` configuration, or its values in IMAGENET's keys alone, or {}
+    name: str  # of `create_model`
 
 
 class Classifier(NamedTuple):
@@ -63,7 +64,12 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
     Raises:
         ValueError: there is no such file, or it is no checkpoint.
     """
-    model, names, data = open_checkpoint(checkpoint)
+    return as_classifier(open_checkpoint(checkpoint), device, **preparation)
+
+
+def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparation: Any) -> Classifier:
+    """An opened checkpoint ready for use; arguments as in ``load``."""
+    model, names, data, _ = opened
     told = {key: data.get(key, default) for key, default in IMAGENET.items()}
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = _readable(names) if names else _unnamed(model.num_classes)
@@ -88,12 +94,12 @@ def open_checkpoint(location: str | Path) -> Opened:
         else:
             model = create_model(**state["config"]["model"])
             load_into(model, best_weights(state))
-            return Opened(model, state["class_names"], state["config"]["data"])
+            return Opened(model, state["class_names"], state["config"]["data"], state["config"]["model"]["name"])
     model, notes = load_model(path), _notes(path)
     names = notes.get("class_names")
     if names and len(names) != model.num_classes:
         raise ValueError(f"{path} names {len(names)} classes, but its classifier has {model.num_classes}")
-    return Opened(model, names, notes.get("preparation", {}))
+    return Opened(model, names, notes.get("preparation", {}), describe(model.state_dict())[0])
 
 
 def _notes(path: Path) -> dict[str, Any]:

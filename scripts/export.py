@@ -37,7 +37,7 @@ def main() -> int:
     try:
         if not arguments.out.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {arguments.out.parent} to write to")
-        model, class_names, data = open_checkpoint(arguments.checkpoint)
+        model, class_names, data, _ = open_checkpoint(arguments.checkpoint)
         model.to(torch.device(arguments.device)).eval()
         if arguments.format == "safetensors":
             export.save_safetensors(model, arguments.out, class_names or (), preparation=export.IMAGENET | data)

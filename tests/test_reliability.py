@@ -16,7 +16,7 @@ from involution.engine.checkpoint import read
 from involution.engine.distributed import World
 from involution.engine.learner import Learner
 from involution.engine.options import TrainOptions
-from involution.engine.task import Classification
+from involution.engine.tasks.classification import Classification
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,17 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 
-import data
 from involution import complexity, create_model
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder, State, mismatch, read
-from involution.engine.config import DataConfig, TrainConfig, differences
+from involution.engine.config import TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
-from involution.engine.gallery import Gallery
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
-from involution.engine.task import Classification
+from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
 
 log = logging.getLogger("involution")
@@ -41,12 +39,14 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     o = config.train
     if o.sync_batchnorm and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
+    setup = check_data(config.model["name"], config.data.name)
+    setup.check(config, world)
     check_model(config.model)
     boards.check(config.logging)
-    splits = data.open_dataset(config.data.name, config.data.root, config.data.exclude)
-    config.model["num_classes"] = _num_classes(config.model["num_classes"], splits.train.class_names)
+    train, val = setup.open_dataset(config.data)
+    config.model["num_classes"] = _num_classes(config.model["num_classes"], train.class_names)
     plain = dataclasses.asdict(config)
-    same_on_all_ranks("data set", {"train": splits.train.fingerprint, "val": splits.val.fingerprint})
+    same_on_all_ranks("data set", {"train": train.fingerprint, "val": val.fingerprint})
 
     run.open()
     if world.is_main and o.resume == "never":
@@ -54,37 +54,35 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     log_to(run.path / "train.log", world.is_main)
     state = _state_to_resume(o.resume, run, world)
     if state is not None:
-        _check_same_run(state, plain, splits.train.fingerprint)
+        _check_same_run(state, plain, train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
     model: Any = create_model(**config.model)
     if config.checkpoint is not None and state is None:
-        start_from(model, config.checkpoint, config.data, splits.train.class_names)
+        start_from(model, config.checkpoint, config.data, train.class_names)
     if o.freeze is not None:
         freeze(model, o.freeze)
     if world.is_main:
         run.describe(plain, world)
-        log.info(
-            "%s\n%s", config.model["name"], complexity.count(model, (3, config.data.val_size, config.data.val_size))
-        )
+        log.info("%s\n%s", config.model["name"], complexity.count(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
     if o.sync_batchnorm:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    train_loader = build_train_loader(splits.train, config, world)
+    train_loader = setup.train_loader(train, config, world)
     trainer = Trainer(
         model,
-        Classification(o.label_smoothing),
+        setup.build(config),
         build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay)),
         build_schedule(config.optimizer["lr"], o.epochs, train_loader.steps_per_epoch, **config.schedule),
         train_loader,
-        build_eval_loader(splits.val, config.data, o.batch_size, world),
-        train_size=len(splits.train),
-        val_size=len(splits.val),
+        setup.eval_loader(val, config.data, o.batch_size, world),
+        train_size=len(train),
+        val_size=len(val),
         options=o,
         world=world,
         run=run,
-        extra_state={"config": plain, "class_names": list(splits.train.class_names), "data": splits.train.fingerprint},
-        gallery=Gallery(splits.val, config.data) if world.is_main else None,
+        extra_state={"config": plain, "class_names": list(train.class_names), "data": train.fingerprint},
+        gallery=setup.gallery(val, config.data) if world.is_main else None,
     )
     if state is not None:
         trainer.load_state_dict(state)
@@ -156,31 +154,3 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
             f"optimizer {config['_target_']}: {error}. The option comes from the command line or from a recipe "
             "made for another optimizer"
         ) from error
-
-
-def build_train_loader(images: Any, config: TrainConfig, world: World) -> Any:
-    d, a, o = config.data, config.augmentation, config.train
-    return data.train_loader(
-        images,
-        global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
-        seed=config.seed, train_size=d.train_size, scale=a.scale, ratio=a.ratio, flip=a.hflip,
-        **_loading(d, world),
-    )  # fmt: skip
-
-
-def build_eval_loader(images: Any, d: DataConfig, batch_size: int, world: World) -> Any:
-    return data.eval_loader(
-        images, batch_size=batch_size, rank=world.rank, world_size=world.size,
-        val_size=d.val_size, val_resize=d.val_resize, **_loading(d, world),
-    )  # fmt: skip
-
-
-def _loading(d: DataConfig, world: World) -> dict[str, Any]:
-    automatic = "mixed" if world.device.type == "cuda" else "cpu"
-    if d.decoder == "mixed" and automatic == "cpu":
-        raise UserError("data.decoder=mixed decodes on a GPU, and there is none here; use data.decoder=cpu or auto")
-    return {
-        "mean": d.mean, "std": d.std, "loader": d.loader, "workers": d.workers,
-        "decoder": automatic if d.decoder == "auto" else d.decoder,
-        "on_error": d.on_error, "device": world.device,
-    }  # fmt: skip

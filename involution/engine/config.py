@@ -120,7 +120,7 @@ def validate(config: DictConfig, schema: type) -> Any:
         UserError: naming the key, its value and what it should be.
     """
     try:
-        typed = OmegaConf.merge(OmegaConf.structured(schema), config)
+        typed = OmegaConf.merge(_structured(schema, config), config)
         OmegaConf.resolve(typed)
         missing = sorted(OmegaConf.missing_keys(typed))
     except OmegaConfBaseException as error:
@@ -136,6 +136,20 @@ def validate(config: DictConfig, schema: type) -> Any:
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
     return OmegaConf.to_object(typed)
+
+
+def _structured(schema: type, config: DictConfig) -> DictConfig:
+    """The schema, whose `data` and `augmentation` in training are those of the model's task.
+
+    Raises:
+        UserError: the data set is one for another task.
+    """
+    from involution.engine.tasks import check_data  # it imports this file
+
+    if schema is not TrainConfig:
+        return OmegaConf.structured(schema)
+    task = check_data(OmegaConf.select(config, "model.name"), OmegaConf.select(config, "data.name"))
+    return OmegaConf.structured(TrainConfig(data=task.DATA(), augmentation=task.AUGMENTATION()))
 
 
 def _check_range(key: str, value: Any, low: float, high: float | None) -> None:

@@ -24,7 +24,7 @@ def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig, clas
     Raises:
         ValueError: the file cannot be used, or is of another model; the message has the differing keys and options.
     """
-    model_there, names, data_there = open_checkpoint(checkpoint)
+    model_there, names, data_there, _ = open_checkpoint(checkpoint)
     weights = model_there.state_dict()
     log.info("starting from the weights of %s", checkpoint)
     as_many = model.num_classes == model_there.num_classes

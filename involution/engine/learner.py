@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,7 @@ from involution.engine.evaluate import autocast
 from involution.engine.guard import Guard
 from involution.engine.optim import Schedule, exponential_average, prepare
 from involution.engine.options import TrainOptions
-from involution.engine.task import Task
-
-if TYPE_CHECKING:
-    from data import Batch
+from involution.engine.tasks import Batch, Task
 
 
 class Learner:
@@ -64,24 +61,33 @@ class Learner:
             samples: this rank's share of the global batch.
 
         Returns:
-            This rank's summed loss, and whether the step was skipped as not finite; both on the device.
+            This rank's summed loss and after it the sums of the task's parts of it, (1 + P,), and whether the step was
+            skipped as not finite; both on the device.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule(step)
-        total = torch.zeros((), device=self.world.device)
+        totals = torch.zeros(1 + len(self.task.parts), device=self.world.device)
         for i, batch in enumerate(batches, 1):
             with nullcontext() if i == count or self.ddp is None else self.ddp.no_sync():
                 with autocast(self.world.device, self.options.precision):
-                    loss = self.task.loss(self.forward, batch)
+                    loss, parts = self._loss(batch)
                 # ranks average gradients of what is here a sum, hence / samples; the seed is 1, but NaN where the loss
                 # is not finite, so that every rank finds the step bad from the gradients alone
                 self.scaler.scale(loss / samples).backward(1 + 0 * loss.detach())
-            total += loss.detach()
+            totals += parts
         bad = self._update()
-        self.guard.record(bad, total / samples)
+        self.guard.record(bad, totals[0] / samples)
         if self.ema is not None:
             self.ema.update(self.model, step + 1)
-        return total, bad
+        return totals, bad
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch to differentiate, and it together with its parts (1 + P,) to add up."""
+        loss = self.task.loss(self.forward, batch)
+        if isinstance(loss, Tensor):
+            return loss, loss.detach()[None]
+        parts = torch.stack([loss[name].float() for name in self.task.parts])
+        return parts.sum(), torch.cat([parts.detach().sum()[None], parts.detach()])
 
     def _update(self) -> Tensor:
         """Apply the gradients unless they are not finite, found and obeyed on the device; returns whether."""

@@ -2,25 +2,30 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-import data
-from involution.engine.build import build_eval_loader, to_device
-from involution.engine.config import DataConfig, EvalConfig
+from involution.engine.build import to_device
+from involution.engine.config import EvalConfig
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
-from involution.engine.task import Classification
+from involution.engine.tasks import Evaluation, Setup, check_data
 from involution.loading import Opened, open_checkpoint
 
-PREPARATION = ("train_size", "val_size", "val_resize", "mean", "std")  # of pictures: part of what a model has learned
+
+class Prepared(NamedTuple):
+    """What `evaluate` needs, and which of its results to print."""
+
+    model: torch.nn.Module
+    loader: Any  # this rank's
+    evaluation: Evaluation
+    samples: int
+    printed: tuple[str, ...]
 
 
-def build_evaluation(
-    config: EvalConfig, overrides: list[str], world: World
-) -> tuple[torch.nn.Module, Any, Classification, int]:
-    """The model of a checkpoint, this rank's loader, the task and the number of samples.
+def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> Prepared:
+    """The model of a checkpoint and what to evaluate it on.
 
     Args:
         overrides: of the command line. Pictures are prepared as in training unless it says otherwise: data=imagenet
@@ -30,17 +35,21 @@ def build_evaluation(
         ValueError: for a file that cannot be used, or data that do not fit it.
     """
     opened = open_checkpoint(config.checkpoint)
-    d = _data(opened, config, overrides)
-    images = data.open_dataset(d.name, d.root, d.exclude).val
-    _check_classes(opened, images.class_names, config.checkpoint)
-    model = to_device(opened.model, world.device, channels_last=True)
-    return model, build_eval_loader(images, d, config.batch_size, world), Classification(), len(images)
+    setup = check_data(opened.name, config.data["name"])
+    d = _data(opened, setup, config, overrides)
+    _, val = setup.open_dataset(d)
+    _check_classes(opened, val.class_names, config.checkpoint)
+    loader = setup.eval_loader(val, d, config.batch_size, world)
+    evaluation = setup.evaluation(loader, config.predictions)
+    return Prepared(
+        to_device(opened.model, world.device, channels_last=True), loader, evaluation, len(val), setup.PRINTED
+    )
 
 
-def _data(opened: Opened, config: EvalConfig, overrides: list[str]) -> DataConfig:
+def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]) -> Any:
     """What to evaluate on, prepared as in training where the checkpoint tells how."""
     if "name" in opened.data:
-        trained = DataConfig(**opened.data)
+        trained = setup.DATA(**opened.data)
         if config.data["name"] not in (None, trained.name):
             trained.root = trained.exclude = None
     elif config.data["name"] is None:
@@ -48,11 +57,11 @@ def _data(opened: Opened, config: EvalConfig, overrides: list[str]) -> DataConfi
             f"{config.checkpoint} holds weights alone; say what to evaluate on: data=imagenet data.root=..."
         )
     else:
-        trained = DataConfig(**config.data | opened.data)
+        trained = setup.DATA(**config.data | opened.data)
     chosen = {
         key: value
         for key, value in config.data.items()
-        if value is not None and (key not in PREPARATION or f"data.{key}" in given(overrides))
+        if value is not None and (key not in setup.PREPARATION or f"data.{key}" in given(overrides))
     }
     return dataclasses.replace(trained, **chosen)
 

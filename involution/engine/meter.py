@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,10 @@ from involution.engine.distributed import World, gather_objects, sum_over_ranks
 class Meter:
     """Adds up loss and samples on the device and the time on the host; never an average of averages."""
 
-    def __init__(self, world: World) -> None:
-        self.world = world
-        # of this rank: loss and samples without the skipped steps, skipped steps, samples of all steps
-        self.sums = torch.zeros(4, dtype=torch.float64, device=world.device)
+    def __init__(self, world: World, parts: Sequence[str] = ()) -> None:
+        self.world, self.parts = world, parts
+        # of this rank: loss and samples without the skipped steps, skipped steps, samples of all steps, the parts
+        self.sums = torch.zeros(4 + len(parts), dtype=torch.float64, device=world.device)
         self.seconds, self.waiting = 0.0, 0.0
         self._clock: float | None = None
         self._seen = 0.0  # samples since the last call of `interval`
@@ -32,18 +33,21 @@ class Meter:
             self.seconds += time.monotonic() - self._clock
         self._clock = None
 
-    def add(self, loss: Tensor, samples: float, bad: Tensor) -> None:
-        """Add a step: the summed loss and the number of samples of this rank, and whether it was skipped."""
-        n = loss.new_tensor(samples).double()
-        self.sums[:2] += torch.stack([loss.double(), n]).where(~bad, 0)
-        self.sums[2:] += torch.stack([bad, n])
+    def add(self, losses: Tensor, samples: float, bad: Tensor) -> None:
+        """Add a step of this rank: its summed loss and parts (1 + P,), number of samples, whether it was skipped."""
+        n, losses = losses.new_tensor(samples).double(), losses.double()
+        self.sums[:2] += torch.stack([losses[0], n]).where(~bad, 0)
+        self.sums[2:4] += torch.stack([bad, n])
+        if self.parts:
+            self.sums[4:] += losses[1:].where(~bad, 0)
         self._seen += samples
 
     def epoch(self) -> dict[str, float | None]:
         """What this epoch's sums over all ranks mean; the clock must be paused."""
-        loss, good, skipped, samples = sum_over_ranks(self.sums.clone()).tolist()
+        loss, good, skipped, samples, *parts = sum_over_ranks(self.sums.clone()).tolist()
+        means = [loss / good if good else None for loss in (loss, *parts)]
         return {
-            "train_loss": loss / good if good else None,
+            **{f"train_{name}": mean for name, mean in zip(("loss", *self.parts), means, strict=True)},
             "skipped_steps": round(skipped / self.world.size),
             "images_per_s": samples / self.seconds,
             "data_wait": self.waiting / self.seconds,

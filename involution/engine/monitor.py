@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from involution.engine.boards import open_boards
 
 if TYPE_CHECKING:
-    from involution.engine.gallery import Gallery
+    from involution.engine.tasks import Gallery
 
 log = logging.getLogger("involution")
 WAIT_LIMIT = 0.2  # share of the time waiting for data beyond which the loader is called the bottleneck
@@ -82,7 +82,7 @@ class Monitor:
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {values['images_per_s']:.0f} images/s")
 
     def evaluated(self, model: nn.Module, step: int) -> None:
-        """Draw what the evaluated model's kernels look at."""
+        """Draw what the evaluated model makes of the gallery."""
         if self.is_main and self._gallery is not None:
             for title, picture in self._gallery.draw(model).items():
                 for board in self._boards:

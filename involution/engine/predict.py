@@ -1,11 +1,9 @@
-"""`eval.py images=...`: the likeliest classes of the user's own pictures."""
+"""`eval.py images=...`: what a model says of the user's own pictures."""
 
 import csv
 import importlib.util
 import json
-import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +14,12 @@ from involution.engine.config import EvalConfig
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
-from involution.engine.load import PREPARATION, given
-from involution.loading import Classifier, load
-from involution.visualize import find_layer, heat_map_picture, kernel_heat_maps
+from involution.engine.load import given
+from involution.engine.tasks import Predictor, task_of
+from involution.loading import open_checkpoint
 
-log = logging.getLogger("involution")
-TOP = 5
-SHEET = 50  # pictures on a contact sheet; each takes 260 pixels of its height
-Prediction = tuple[Path, list[tuple[str, float]]]  # file; classes and their probabilities, the likeliest first
-Writer = Callable[[Path, list[Prediction], Classifier], None]
+Predictions = list[tuple[Path, Any]]  # file, and what the task's Predictor says of it
+Writer = Callable[[Path, Predictions, Predictor], None]
 
 
 def predict_images(config: EvalConfig, overrides: list[str], world: World) -> dict[str, Any]:
@@ -37,27 +32,27 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
         raise UserError("images= runs in one process; start it with plain `python eval.py ...`")
     device, paths = world.device, find_images(config.images)
     outputs = _outputs(config)
-    told = {k: config.data[k] for k in PREPARATION if k != "train_size" and f"data.{k}" in given(overrides)}
-    classifier = load(config.checkpoint, device, **told)
-    if config.contact_sheet is not None and find_layer(classifier.model, config.layer) is None:
-        raise UserError(f"contact_sheet: {config.checkpoint} has no involutions, hence no kernels to show")
-    predictions: list[Prediction] = []
+    opened = open_checkpoint(config.checkpoint)
+    setup = task_of(opened.name)
+    told = {k: config.data[k] for k in setup.PREPARATION if k in config.data and f"data.{k}" in given(overrides)}
+    predictor = setup.predictor(opened, config, told, device)
+    predictions: Predictions = []
     for start in range(0, len(paths), config.batch_size):
-        batch = paths[start : start + config.batch_size]
+        batch = [(path, open_picture(path)) for path in paths[start : start + config.batch_size]]
         with autocast(device, config.precision):
-            found = classifier.predict([open_picture(path) for path in batch], TOP)
-        for prediction in zip(batch, found, strict=True):
-            print(_as_text(prediction))
-            predictions.append(prediction)
+            found = predictor.predict(batch)
+        for (path, _), prediction in zip(batch, found, strict=True):
+            print(predictor.text(path, prediction))
+            predictions.append((path, prediction))
     for path, write in outputs:
         try:
-            write(path, predictions, classifier)
+            write(path, predictions, predictor)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return {
         "checkpoint": str(config.checkpoint),
         "n": len(predictions),
-        "predictions": [_as_dict(prediction) for prediction in predictions],
+        "predictions": [predictor.as_dict(*prediction) for prediction in predictions],
     }
 
 
@@ -102,23 +97,12 @@ def open_picture(path: Path) -> Image.Image:
     raise UserError(f"images: {path} cannot be read as a picture: {reason}")
 
 
-def _as_text(prediction: Prediction) -> str:
-    path, classes = prediction
-    return "\n".join([str(path), *(f"  {100 * p:5.1f} %  {name}" for name, p in classes)])
-
-
-def _as_dict(prediction: Prediction) -> dict[str, Any]:
-    path, classes = prediction
-    return {"image": str(path), "top5": [{"class": name, "confidence": round(p, 6)} for name, p in classes]}
-
-
 def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
     """What is to be written, refused here when it cannot be, before anything is computed."""
     found: list[tuple[Path, Writer]] = []
-    draw = partial(_draw, layer=config.layer)
     by_ending: dict[str, dict[str, Writer]] = {
         "output": {".csv": _write_csv, ".json": _write_json},
-        "contact_sheet": {".png": draw, ".pdf": draw},
+        "contact_sheet": {".png": _draw, ".pdf": _draw},
     }
     for key, writers in by_ending.items():
         name = getattr(config, key)
@@ -135,36 +119,17 @@ def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
     return found
 
 
-def _write_csv(path: Path, predictions: list[Prediction], classifier: Classifier) -> None:
-    """A line for every picture and class: image, rank (from 1), class, confidence."""
+def _write_csv(path: Path, predictions: Predictions, predictor: Predictor) -> None:
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["image", "rank", "class", "confidence"])
-        for image, classes in predictions:
-            table.writerows([image, rank, name, f"{p:.6f}"] for rank, (name, p) in enumerate(classes, 1))
+        table.writerow(predictor.columns)
+        for prediction in predictions:
+            table.writerows(predictor.rows(*prediction))
 
 
-def _write_json(path: Path, predictions: list[Prediction], classifier: Classifier) -> None:
-    path.write_text(json.dumps([_as_dict(prediction) for prediction in predictions], indent=2) + "\n")
+def _write_json(path: Path, predictions: Predictions, predictor: Predictor) -> None:
+    path.write_text(json.dumps([predictor.as_dict(*prediction) for prediction in predictions], indent=2) + "\n")
 
 
-def _draw(path: Path, predictions: list[Prediction], classifier: Classifier, layer: str | None) -> None:
-    """A row for every picture, as the model sees it, beside the heat maps of its involution kernels (Figure 3)."""
-    from matplotlib.figure import Figure
-
-    if len(predictions) > SHEET:
-        log.warning("the contact sheet shows the first %d of %d pictures", SHEET, len(predictions))
-        predictions = predictions[:SHEET]
-    device = next(classifier.model.parameters()).device
-    normalise: Any = classifier.transform.transforms[-1]  # type: ignore[attr-defined]
-    figure = Figure(figsize=(12, 1.75 * len(predictions) + 0.3), layout="constrained")
-    name = find_layer(classifier.model, layer)
-    figure.suptitle(f"sums of the kernels of {name}, one map a group; blue is low, red high", fontsize=9)
-    for axes, (image, classes) in zip(figure.subplots(len(predictions), squeeze=False)[:, 0], predictions, strict=True):
-        pixels = classifier.transform(open_picture(image))[None].to(device)
-        maps = kernel_heat_maps(classifier.model, pixels, layer)
-        axes.imshow(heat_map_picture(pixels, maps, normalise.mean, normalise.std).permute(1, 2, 0).cpu().numpy())
-        likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in classes[:3])
-        axes.set_title(f"{image.name}: {likeliest}", fontsize=8, loc="left", parse_math=False)
-        axes.set_axis_off()
-    figure.savefig(path, dpi=150)
+def _draw(path: Path, predictions: Predictions, predictor: Predictor) -> None:
+    predictor.draw(path, predictions)

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch import nn
 from involution.engine.checkpoint import CheckpointFolder, State
 from involution.engine.distributed import Agreement, World, broadcast_buffers, gather_objects, part, progress
 from involution.engine.errors import Preempted
-from involution.engine.evaluate import evaluate, to_device
+from involution.engine.evaluate import evaluate
 from involution.engine.learner import Learner
 from involution.engine.meter import Meter
 from involution.engine.monitor import Monitor
@@ -23,11 +23,7 @@ from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
 from involution.engine.signals import StopRequest
 from involution.engine.state import rng_state, set_rng_state
-from involution.engine.task import Task
-
-if TYPE_CHECKING:
-    from data import Batch
-    from involution.engine.gallery import Gallery
+from involution.engine.tasks import Batch, Gallery, Task
 
 log = logging.getLogger("involution")
 SAVE, STOP, REQUEUE = 1, 2, 3  # what ranks can agree on between steps; the highest wish counts
@@ -45,8 +41,8 @@ class Loader(Protocol):
 class TrainLoader(Loader, Protocol):
     """An endless stream of micro-batches, whose position is nothing but the step (see data/)."""
 
-    steps_per_epoch: int
-
+    @property
+    def steps_per_epoch(self) -> int: ...
     def micro_batches(self, step: int) -> int: ...
     def seek(self, step: int) -> None: ...
 
@@ -75,7 +71,7 @@ class Trainer:
         self.options, self.world, self.run, self.extra_state = options, world, run, extra_state
         self.gallery = gallery
 
-        self.meter = Meter(world)
+        self.meter = Meter(world, task.parts)
         self.checkpoints = CheckpointFolder(run.checkpoints, options.keep_checkpoints)
         self.agreement = Agreement(world)
         self.stop = StopRequest()
@@ -86,7 +82,7 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.closed = 0  # the last step that was evaluated and recorded
         self.best: float | None = None
-        self.metrics: dict[str, float] = {}  # of the last evaluation
+        self.metrics: dict[str, Any] = {}  # of the last evaluation
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the run's summary.
@@ -146,8 +142,8 @@ class Trainer:
         samples = min(self.options.global_batch_size, self.train_size - start) / self.world.size
         count = self.train_loader.micro_batches(self.step)
         mine = (self.fetch(batches) for _ in range(count))
-        loss, bad = self.learner.step(self.step, mine, count, samples)
-        self.meter.add(loss, samples, bad)
+        losses, bad = self.learner.step(self.step, mine, count, samples)
+        self.meter.add(losses, samples, bad)
         self.step += 1
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
@@ -155,7 +151,7 @@ class Trainer:
         batch = next(batches)
         self.meter.waiting += time.monotonic() - begin
         progress()
-        return to_device(batch, self.world.device, self.options.channels_last)
+        return batch.to(self.world.device, channels_last=self.options.channels_last)
 
     def check_numbers(self) -> None:
         """Stop the run when too many steps in a row were not finite."""
@@ -189,7 +185,7 @@ class Trainer:
         """Evaluate, record the epoch's line, save."""
         self.check_numbers()
         epoch = math.ceil(self.step / self.steps_per_epoch)
-        scores: dict[str, float] = {}
+        scores: dict[str, Any] = {}
         if epoch % self.options.evaluate_every_epochs == 0 or self.step == self.limit:
             scores = self.evaluate()
             self.metrics = scores
@@ -205,13 +201,13 @@ class Trainer:
         self.monitor.epoch(line)
         self.save(is_best)
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """Score the model (its average where one is kept) on the whole validation set."""
         model = self.learner.model if self.learner.ema is None else self.learner.ema
         broadcast_buffers(model)
         scores = evaluate(
-            model, self.val_loader, self.task, self.world, samples=self.val_size, precision=self.options.precision,
-            channels_last=self.options.channels_last, on_batch=self.poll,
+            model, self.val_loader, self.task.evaluation(), self.world, samples=self.val_size,
+            precision=self.options.precision, channels_last=self.options.channels_last, on_batch=self.poll,
         )  # fmt: skip
         self.monitor.evaluated(model, self.step)
         return scores

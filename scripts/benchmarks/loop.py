@@ -24,7 +24,7 @@ from involution.engine.distributed import World
 from involution.engine.optim import cosine
 from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
-from involution.engine.task import Classification
+from involution.engine.tasks.classification import Classification
 from involution.engine.trainer import Trainer
 
 WARM_UP = 3

@@ -16,7 +16,7 @@ IMAGES = 4
 SIDE = 112  # pixels at most: a picture of four images with eight heat maps each then takes about half a megabyte
 
 
-class Gallery:
+class HeatMaps:
     """A fixed batch of validation images, evenly spread over the list of files and hence over the classes."""
 
     def __init__(self, images: ImageList, d: DataConfig) -> None:

@@ -1,0 +1,172 @@
+"""Classification: one label a picture. Cross-entropy, top-1 and top-5; see Setup in this folder's __init__.py."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import data
+from involution.engine.config import AugmentationConfig, DataConfig, EvalConfig, TrainConfig
+from involution.engine.distributed import World, gather_objects, sum_over_ranks
+from involution.engine.errors import UserError
+from involution.engine.tasks.classified_pictures import ClassifiedPictures
+from involution.engine.tasks.heat_maps import HeatMaps
+from involution.loading import Opened
+
+if TYPE_CHECKING:
+    from data import Batch, EvalLoader, ImageList
+
+DATA: type = DataConfig
+AUGMENTATION: type = AugmentationConfig
+DATASETS: tuple[str, ...] = ("demo", "imagenet", "imagenette", "cifar10", "folder")
+PREPARATION: tuple[str, ...] = ("train_size", "val_size", "val_resize", "mean", "std")
+PRINTED: tuple[str, ...] = ("top1", "top5", "loss", "n")
+COLUMNS = ("index", "path", "target", "predicted", "correct")  # of predictions=FILE.csv
+
+
+class Classification:
+    """Cross-entropy with label smoothing (Szegedy et al., 2016); top-1 and top-5 accuracy in percent."""
+
+    names: tuple[str, ...] = ("loss", "top1", "top5")
+    headline = "top1"
+    parts: tuple[str, ...] = ()
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        logits = model(batch.images)[: batch.valid]
+        targets = batch.targets[: batch.valid]
+        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def evaluation(self) -> Accuracy:
+        return Accuracy()
+
+
+class Accuracy:
+    """Sums over the valid rows of batches, so that adding them up is exact: samples, loss, hits, hits among five."""
+
+    def __init__(self) -> None:
+        self.counts: Tensor | None = None
+
+    def add(self, model: nn.Module, batch: Batch) -> None:
+        self.count(model(batch.images)[: batch.valid].float(), batch)
+
+    def count(self, logits: Tensor, batch: Batch) -> None:
+        targets = batch.targets[: batch.valid]
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        sums = (cross_entropy(logits, targets, reduction="sum"), ranked[:, :1].sum(), ranked.sum())
+        counts = torch.stack([logits.new_tensor(batch.valid), *sums]).double()
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    def finish(self, world: World) -> dict[str, Any]:
+        assert self.counts is not None, "a loader yields at least one (possibly all padding) batch"
+        n, loss, top1, top5 = sum_over_ranks(self.counts).tolist()
+        return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n, "n": round(n)}
+
+
+class RecordedAccuracy(Accuracy):
+    """Also writes the likeliest class of every image, to compare two models image by image.
+
+    A line an image, once on any number of ranks: index, path (below the data set's folder), target, predicted, correct.
+
+    Raises:
+        UserError: `name` is no file that can be written; said here, before anything is computed.
+    """
+
+    def __init__(self, name: str, loader: EvalLoader) -> None:
+        super().__init__()
+        self.path, self.loader = Path(name), loader
+        if self.path.suffix != ".csv" or not self.path.absolute().parent.is_dir():
+            raise UserError(f"predictions is {name}; it should be a .csv file in a folder that exists")
+        self.predicted: list[Tensor] = []
+
+    def count(self, logits: Tensor, batch: Batch) -> None:
+        self.predicted.append(logits.argmax(1).cpu())
+        super().count(logits, batch)
+
+    def finish(self, world: World) -> dict[str, Any]:
+        images, loader = self.loader.dataset, self.loader
+        indices = np.concatenate([request.indices[: request.valid] for request in loader.requests])
+        # files that cannot be read have no row (data.on_error=skip)
+        indices = np.array([i for i in indices if images.paths[int(i)] not in loader.skipped], int)
+        predicted = torch.cat(self.predicted).numpy()
+        assert len(indices) == len(predicted)
+        parts: list[Any] = gather_objects((indices, predicted))
+        if world.is_main:
+            rows = sorted(zip(*(np.concatenate(columns).tolist() for columns in zip(*parts))))
+            with open(self.path, "w", newline="") as file:
+                table = csv.writer(file)
+                table.writerow(COLUMNS)
+                table.writerows(_line(images, index, guess) for index, guess in rows)
+        return super().finish(world)
+
+
+def _line(images: ImageList, index: int, guess: int) -> tuple[int, str, str, str | int, int]:
+    folder = os.path.dirname(os.path.dirname(images.paths.prefix))  # none where images lie in shards
+    path, target, names = images.paths[index], int(images.targets[index]), images.class_names
+    predicted = names[guess] if guess < len(names) else guess  # a model may know more classes than the data set has
+    return index, os.path.relpath(path, folder) if folder else path, names[target], predicted, int(guess == target)
+
+
+def check(config: TrainConfig, world: World) -> None:
+    pass  # nothing but what `validate` and `check_model` see
+
+
+def build(config: TrainConfig) -> Classification:
+    return Classification(config.train.label_smoothing)
+
+
+def open_dataset(d: DataConfig) -> tuple[ImageList, ImageList]:
+    return data.open_dataset(d.name, d.root, d.exclude)
+
+
+def train_loader(split: ImageList, config: TrainConfig, world: World) -> data.TrainLoader:
+    d, a, o = config.data, config.augmentation, config.train
+    return data.train_loader(
+        split,
+        global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
+        seed=config.seed, train_size=d.train_size, scale=a.scale, ratio=a.ratio, flip=a.hflip,
+        **_loading(d, world),
+    )  # fmt: skip
+
+
+def eval_loader(split: ImageList, d: DataConfig, batch_size: int, world: World) -> EvalLoader:
+    return data.eval_loader(
+        split, batch_size=batch_size, rank=world.rank, world_size=world.size,
+        val_size=d.val_size, val_resize=d.val_resize, **_loading(d, world),
+    )  # fmt: skip
+
+
+def _loading(d: DataConfig, world: World) -> dict[str, Any]:
+    automatic = "mixed" if world.device.type == "cuda" else "cpu"
+    if d.decoder == "mixed" and automatic == "cpu":
+        raise UserError("data.decoder=mixed decodes on a GPU, and there is none here; use data.decoder=cpu or auto")
+    return {
+        "mean": d.mean, "std": d.std, "loader": d.loader, "workers": d.workers,
+        "decoder": automatic if d.decoder == "auto" else d.decoder,
+        "on_error": d.on_error, "device": world.device,
+    }  # fmt: skip
+
+
+def input_shape(d: DataConfig) -> tuple[int, int, int]:
+    return 3, d.val_size, d.val_size
+
+
+def gallery(split: ImageList, d: DataConfig) -> HeatMaps:
+    return HeatMaps(split, d)
+
+
+def evaluation(loader: EvalLoader, predictions: str | None) -> Accuracy:
+    return Accuracy() if predictions is None else RecordedAccuracy(predictions, loader)
+
+
+def predictor(opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> ClassifiedPictures:
+    return ClassifiedPictures(opened, config, told, device)
