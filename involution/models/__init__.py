@@ -25,37 +25,44 @@ MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
     "resnet152": resnet.resnet152,
 }
 
+#: models of dense prediction, made in ``involution.dense`` of any network above that has bottlenecks
+DENSE = ("semantic_fpn", "upernet")
+
 
 def create_model(
     name: str,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     pretrained: str | Path | None = None,
     pretrained_sha256: str | None = None,
     **options: Any,
-) -> BottleneckNetwork:
+) -> Any:
     """A model, freshly initialised or with weights from a file.
 
     Args:
-        name: one of ``MODELS``.
-        num_classes: outputs of the classifier; 0 for none.
+        name: one of ``MODELS`` or ``DENSE``.
+        num_classes: outputs of the classifier, 0 for none, 1000 if left out. Segmentors have 19 then, detectors 80 (the
+            background does not count).
         pretrained: path or URL of weights: ours, released or safetensors. A classifier for another number of classes
             is left out. Downloads are kept in ``torch.hub.get_dir()``.
         pretrained_sha256: the SHA-256 of that file or the beginning of it; a mismatch is an error.
-        options: of ``RedNet`` or ``ResNet``, e.g. ``kernel_size=5``.
+        options: of ``RedNet``, ``ResNet`` or a class of ``involution.dense``, e.g. ``kernel_size=5``.
 
     Raises:
         ValueError: an unknown name or option (the message has the nearest valid one), an impossible value, or weights
             that cannot be had or are of another model.
     """
-    if name not in MODELS:
-        raise ValueError(unknown_name("model", name, MODELS))
+    if name not in (*MODELS, *DENSE):
+        raise ValueError(unknown_name("model", name, (*MODELS, *DENSE)))
     valid = model_options(name)
     for option in options:
         if option not in valid:
             raise ValueError(unknown_name(f"option of {name}", option, valid))
-    model = MODELS[name](num_classes=num_classes, **options)
+    if num_classes is not None:
+        options["num_classes"] = num_classes
+    model = _dense(name)(**options) if name in DENSE else MODELS[name](**options)
     if pretrained is not None:
-        load_into(model, to_ours(read(fetch(pretrained, pretrained_sha256))))
+        state = read(fetch(pretrained, pretrained_sha256))
+        load_into(model, state if name in DENSE else to_ours(state))
     return model
 
 
@@ -78,8 +85,14 @@ def load_model(location: str | Path, sha256: str | None = None) -> BottleneckNet
 
 def model_options(name: str) -> list[str]:
     """The options that ``create_model(name, num_classes, ...)`` takes."""
-    model_class = RedNet if name.startswith("rednet") else ResNet
+    model_class = _dense(name) if name in DENSE else RedNet if name.startswith("rednet") else ResNet
     return [p for p in inspect.signature(model_class).parameters if p not in ("depths", "num_classes")]
 
 
-__all__ = ["MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "load_model", "model_options"]
+def _dense(name: str) -> Any:
+    from involution import dense  # which imports this module
+
+    return dense.MODELS[name]
+
+
+__all__ = ["DENSE", "MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "load_model", "model_options"]
