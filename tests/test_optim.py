@@ -14,7 +14,7 @@ from involution.engine.distributed import World
 from involution.engine.learner import Learner
 from involution.engine.optim import build_schedule, exponential_average, parameter_groups, prepare
 from involution.engine.options import TrainOptions
-from involution.engine.task import Classification
+from involution.engine.tasks.classification import Classification
 
 EPOCHS, STEPS = 130, 626  # ImageNet: ceil(1281167 / 2048) steps an epoch
 
