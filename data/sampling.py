@@ -15,7 +15,7 @@ CANDIDATES = 10  # windows RandomResizedCrop tries before it falls back to a cen
 DRAWS = 4 * CANDIDATES + 1  # area, ratio, top, left of every candidate, then the flip
 _MASK = np.uint64(0xFFFFFFFF)
 _CHUNK = 1 << 14  # samples numbered at once: stays in the cache
-_SHUFFLE, _AUGMENT = 0, 1  # separate streams of one seed
+_SHUFFLE, _AUGMENT, _PLAIN = 0, 1, 2  # separate streams of one seed
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -42,6 +42,11 @@ def _words(seed: int, epoch: int, stream: int, indices: np.ndarray, blocks: int)
     counter[..., 2] = epoch
     counter[..., 3] = stream
     return philox(counter, (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)).reshape(len(indices), -1)
+
+
+def uniforms(seed: int, index: int, count: int) -> np.ndarray:
+    """(count,) numbers in [0, 1): as many as wanted, for whatever `index` numbers."""
+    return _words(seed, 0, _PLAIN, np.array([index]), -(-count // 4))[0, :count].astype(np.float64) / 2.0**32
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
