@@ -162,3 +162,34 @@ def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) ->
     count = math.ceil(math.ceil(n / world_size) / batch_size)
     mine = np.arange(count * batch_size) * world_size + rank
     return [MicroBatch(0, rows % n, int((rows < n).sum())) for rows in mine.reshape(count, batch_size)]
+
+
+UNIT = 4  # images of one orientation that stay together: micro-batches of 1, 2 or 4 need no padding to squares
+
+
+def by_orientation(order: np.ndarray, tall: np.ndarray, global_batch_size: int) -> np.ndarray:
+    """An epoch's order (n,) rearranged so that neighbours have the same orientation, as a batch padded to its largest
+    height and width wants it.
+
+    Global steps keep what they hold on any number of ranks and with any batch size: the rearrangement looks at
+    neither. Four images at a time are taken in the order in which each orientation's next four are complete, and within
+    a step those of its first image's orientation come first (not always the wide ones: rank 0, whose BatchNorm
+    statistics count, would rarely see a tall one). What fills no unit comes last.
+
+    Args:
+        order: sample indices.
+        tall: (n,) bool, whether a sample is higher than wide.
+    """
+    unit = math.gcd(global_batch_size, UNIT)
+    flags = tall[order]
+    units, rest = [], []
+    for flag in (False, True):
+        positions = np.flatnonzero(flags == flag)
+        whole = len(positions) // unit * unit
+        units.append(positions[:whole].reshape(-1, unit))
+        rest.append(positions[whole:])
+    complete = np.concatenate(units)
+    places = np.concatenate([complete[np.argsort(complete[:, -1])].ravel(), *rest])
+    step = np.arange(len(order)) // global_batch_size
+    other = flags[places] != flags[places][step * global_batch_size]
+    return order[places[np.lexsort((other, step))]]

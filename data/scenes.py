@@ -7,7 +7,7 @@ function of the scene's number and the split.
 Shapes: H x W pixels of a scene; y down, x to the right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,8 +35,15 @@ class Scene(NamedTuple):
     digits: list[Digit]
 
 
-def scenes(split: str, count: int) -> Iterator[Scene]:
-    """The first `count` scenes of "train" or "val"."""
+def scenes(
+    split: str, count: int, shapes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),), apart: bool = False
+) -> Iterator[Scene]:
+    """The first `count` scenes of "train" or "val".
+
+    Args:
+        shapes: (H, W) of the scenes, taken in turn.
+        apart: leave out a digit that would hide more than a tenth of another.
+    """
     from sklearn.datasets import load_digits  # heavy, and needed only once
 
     digits = load_digits()
@@ -44,37 +51,41 @@ def scenes(split: str, count: int) -> Iterator[Scene]:
     mine = np.flatnonzero(mine if split == "val" else ~mine)
     inks, labels = digits.images[mine] / 16, digits.target[mine]
     for number in range(count):
-        yield _scene(sampling.uniforms(_SEEDS[split], number, 512), inks, labels)
+        shape = shapes[number % len(shapes)]
+        yield _scene(sampling.uniforms(_SEEDS[split], number, 512), inks, labels, shape, apart)
 
 
-def _scene(random: np.ndarray, inks: np.ndarray, labels: np.ndarray) -> Scene:
+def _scene(random: np.ndarray, inks: np.ndarray, labels: np.ndarray, shape: tuple[int, int], apart: bool) -> Scene:
     """One scene from numbers in [0, 1) and the digits (n, 8, 8) with their classes."""
     drawn = iter(random.tolist())
-    picture = _canvas(drawn)
+    height, width = shape
+    picture = _canvas(drawn, height, width)
     digits: list[Digit] = []
     for _ in range(DIGITS[0] + int(next(drawn) * (DIGITS[1] - DIGITS[0] + 1))):
         which = int(next(drawn) * len(labels))
         side = SIDES[0] + int(next(drawn) * (SIDES[1] - SIDES[0] + 1))
-        top, left = int(next(drawn) * (HEIGHT - side + 1)), int(next(drawn) * (WIDTH - side + 1))
+        top, left = int(next(drawn) * (height - side + 1)), int(next(drawn) * (width - side + 1))
         ink = np.array(Image.fromarray(inks[which].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
         ink = np.clip(ink, 0, 1)[..., None]
+        mask = np.zeros(shape, bool)
+        mask[top : top + side, left : left + side] = ink[..., 0] > _INK
+        if apart and any((mask & shown).sum() > 0.1 * shown.sum() for _, shown in digits):
+            continue
         window = picture[top : top + side, left : left + side]
         bright = 1.0 if window.mean() < 0.5 else 0.0  # the colour of the pen stands out from what lies below
         colour = np.array([abs(bright - 0.3 * next(drawn)) for _ in range(3)])
         window += ink * (colour - window)
-        mask = np.zeros((HEIGHT, WIDTH), bool)
-        mask[top : top + side, left : left + side] = ink[..., 0] > _INK
         digits = [Digit(label, shown & ~mask) for label, shown in digits]
         digits.append(Digit(int(labels[which]), mask))
     return Scene((picture * 255).round().astype(np.uint8), [digit for digit in digits if digit.mask.any()])
 
 
-def _canvas(drawn: Iterator[float]) -> np.ndarray:
+def _canvas(drawn: Iterator[float], height: int, width: int) -> np.ndarray:
     """A cloudy background (H, W, 3) in [0, 1]: coarse random colours, smoothly enlarged, under a finer grey grain."""
     coarse = np.array([next(drawn) for _ in range(4 * 5 * 3)]).reshape(4, 5, 3)
     fine = np.array([next(drawn) for _ in range(12 * 16)]).reshape(12, 16, 1).repeat(3, 2)
     layers = [
-        np.array(Image.fromarray((layer * 255).astype(np.uint8)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
+        np.array(Image.fromarray((layer * 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC))
         for layer in (coarse, fine)
     ]
     shift = 0.35 if next(drawn) < 0.5 else 0.0  # a light or a dark scene
