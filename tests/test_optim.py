@@ -19,8 +19,14 @@ from involution.engine.tasks.classification import Classification
 EPOCHS, STEPS = 130, 626  # ImageNet: ceil(1281167 / 2048) steps an epoch
 
 
+def test_poly_falls_by_a_power_of_what_is_left():
+    lr = build_schedule(0.01, 80_000, 372, name="poly", power=0.9, min_lr=1e-4, warmup_epochs=0, warmup_start=0.25)
+    assert [lr(0), lr(80_000)] == [0.01, 1e-4]
+    assert lr(40_000) == pytest.approx(1e-4 + 0.0099 * 0.5**0.9)
+
+
 def test_paper_schedule_is_half_a_cosine_from_0_8_to_0():
-    lr = build_schedule(0.8, EPOCHS, STEPS, name="cosine", warmup_epochs=0, warmup_start=0.25)
+    lr = build_schedule(0.8, EPOCHS * STEPS, STEPS, name="cosine", warmup_epochs=0, warmup_start=0.25)
     total = EPOCHS * STEPS
     assert lr(0) == 0.8
     assert lr(total // 2) == pytest.approx(0.4)
@@ -29,8 +35,8 @@ def test_paper_schedule_is_half_a_cosine_from_0_8_to_0():
 
 
 def test_released_schedule_warms_up_from_a_quarter_for_3130_steps():
-    lr = build_schedule(0.8, EPOCHS, STEPS, name="cosine", warmup_epochs=5, warmup_start=0.25)
-    cosine = build_schedule(0.8, EPOCHS, STEPS, name="cosine", warmup_epochs=0, warmup_start=0.25)
+    lr = build_schedule(0.8, EPOCHS * STEPS, STEPS, name="cosine", warmup_epochs=5, warmup_start=0.25)
+    cosine = build_schedule(0.8, EPOCHS * STEPS, STEPS, name="cosine", warmup_epochs=0, warmup_start=0.25)
     assert lr(0) == pytest.approx(0.25 * 0.8)
     assert lr(3129) < cosine(3129)
     assert lr(3130) == cosine(3130)
@@ -38,13 +44,13 @@ def test_released_schedule_warms_up_from_a_quarter_for_3130_steps():
 
 
 def test_staircase():
-    lr = build_schedule(1.0, 12, 10, name="step", warmup_epochs=0, warmup_start=0.1, milestones=[8, 11], gamma=0.1)
+    lr = build_schedule(1.0, 120, 10, name="step", warmup_epochs=0, warmup_start=0.1, milestones=[8, 11], gamma=0.1)
     assert [lr(0), lr(79), lr(80), lr(110)] == pytest.approx([1.0, 1.0, 0.1, 0.01])
 
 
 def test_unknown_schedule():
-    with pytest.raises(ValueError, match="'cosine' or 'step'"):
-        build_schedule(0.1, 2, 10, name="cos", warmup_epochs=0, warmup_start=0.25)
+    with pytest.raises(ValueError, match="'cosine', 'poly' or 'step'"):
+        build_schedule(0.1, 20, 10, name="cos", warmup_epochs=0, warmup_start=0.25)
 
 
 def test_norms_and_biases_are_found_by_their_dimensions():

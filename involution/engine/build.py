@@ -37,13 +37,16 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         ValueError: for any value, folder or checkpoint that cannot work.
     """
     o = config.train
-    if o.sync_batchnorm and world.device.type == "cpu":
+    o.check()
+    if o.sync_batchnorm is True and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
     setup = check_data(config.model["name"], config.data.name)
     setup.check(config, world)
     check_model(config.model)
     boards.check(config.logging)
     train, val = setup.open_dataset(config.data)
+    if not len(train):
+        raise UserError(f"data={config.data.name} in {config.data.root} has no samples to train on")
     config.model["num_classes"] = _num_classes(config.model["num_classes"], train.class_names)
     plain = dataclasses.asdict(config)
     same_on_all_ranks("data set", {"train": train.fingerprint, "val": val.fingerprint})
@@ -66,14 +69,17 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         run.describe(plain, world)
         log.info("%s\n%s", config.model["name"], complexity.count(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
-    if o.sync_batchnorm:
+    if synchronised(o.sync_batchnorm, world):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     train_loader = setup.train_loader(train, config, world)
+    steps_per_epoch = train_loader.steps_per_epoch
+    o = o.in_epochs(steps_per_epoch)
+    total_steps = o.steps or (o.epochs or 0) * steps_per_epoch
     trainer = Trainer(
         model,
         setup.build(config),
         build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay)),
-        build_schedule(config.optimizer["lr"], o.epochs, train_loader.steps_per_epoch, **config.schedule),
+        build_schedule(config.optimizer["lr"], total_steps, steps_per_epoch, **config.schedule),
         train_loader,
         setup.eval_loader(val, config.data, o.batch_size, world),
         train_size=len(train),
@@ -89,6 +95,11 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if world.is_main:
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def synchronised(wanted: Any, world: World) -> bool:
+    """What `train.sync_batchnorm` means: "auto" is on where there are several GPUs."""
+    return world.size > 1 and world.device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 
 def check_model(options: dict[str, Any]) -> None:

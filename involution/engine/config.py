@@ -17,6 +17,8 @@ from involution.engine.options import TrainOptions
 
 @dataclass
 class DataConfig:
+    """Of classification. Another task has a class of its own, with `name` and `root` in it."""
+
     name: str = MISSING
     root: str | None = MISSING
     loader: str = MISSING
@@ -50,8 +52,8 @@ class TrainConfig:
     device: str = MISSING
     logging: str = MISSING
     model: dict[str, Any] = MISSING  # arguments of involution.create_model
-    data: DataConfig = field(default_factory=DataConfig)
-    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    data: Any = field(default_factory=DataConfig)  # these two have the types that the model's task gives them
+    augmentation: Any = field(default_factory=AugmentationConfig)
     optimizer: dict[str, Any] = MISSING  # _target_ and its arguments
     schedule: dict[str, Any] = MISSING  # arguments of optim.build_schedule
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -78,6 +80,7 @@ CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("fp32", "bf16", "fp16"),
     "train.precision": ("fp32", "bf16", "fp16"),
+    "train.sync_batchnorm": (True, False, "auto"),
     "train.exclude_from_decay": ("none", "norm_and_bias"),
     "data.loader": ("auto", "dali", "torch"),
     "data.decoder": ("auto", "cpu", "mixed"),
@@ -85,6 +88,7 @@ CHOICES = {
 }
 RANGES = {  # lowest and highest value; None: no limit
     "train.epochs": (1, None),
+    "train.steps": (1, None),
     "train.global_batch_size": (1, None),
     "train.batch_size": (1, None),
     "train.label_smoothing": (0, 1),
@@ -94,6 +98,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "train.max_bad_steps": (1, None),
     "train.log_every_steps": (1, None),
     "train.evaluate_every_epochs": (1, None),
+    "train.evaluate_every_steps": (1, None),
     "train.checkpoint_every_steps": (1, None),
     "train.checkpoint_every_minutes": (0, None),
     "train.keep_checkpoints": (1, None),
@@ -108,6 +113,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "schedule.warmup_epochs": (0, None),
     "schedule.warmup_start": (0, 1),
     "schedule.min_lr": (0, None),
+    "schedule.power": (0, None),
     "batch_size": (1, None),
     "seed": (0, 2**32 - 1),
 }
@@ -132,7 +138,9 @@ def validate(config: DictConfig, schema: type) -> Any:
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(typed, key)
         if value is not None and value not in allowed:
-            raise UserError(f"{key}={value} should be one of {', '.join(allowed)}{hint(nearest(str(value), allowed))}")
+            raise UserError(
+                f"{key}={value} should be one of {', '.join(map(str, allowed))}{hint(nearest(str(value), allowed))}"
+            )
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
     return OmegaConf.to_object(typed)

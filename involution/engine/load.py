@@ -63,7 +63,10 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
         for key, value in config.data.items()
         if value is not None and (key not in setup.PREPARATION or f"data.{key}" in given(overrides))
     }
-    return dataclasses.replace(trained, **chosen)
+    try:
+        return dataclasses.replace(trained, **chosen)
+    except TypeError as error:
+        raise UserError(f"{config.checkpoint} is of another task than these values of data: {error}") from error
 
 
 def given(overrides: list[str]) -> set[str]:

@@ -63,6 +63,11 @@ def cosine(lr: float, total_steps: int, min_lr: float = 0.0) -> Schedule:
     return at
 
 
+def poly(lr: float, total_steps: int, power: float, min_lr: float = 0.0) -> Schedule:
+    """From `lr` at step 0 to `min_lr` at `total_steps` as a power of what is left (paper, A.3: 0.9)."""
+    return lambda step: min_lr + (lr - min_lr) * (1 - min(step, total_steps) / total_steps) ** power
+
+
 def staircase(lr: float, milestones: Sequence[int], gamma: float) -> Schedule:
     """`lr`, multiplied by `gamma` at each milestone (in steps)."""
     return lambda step: lr * gamma ** sum(step >= milestone for milestone in milestones)
@@ -70,7 +75,7 @@ def staircase(lr: float, milestones: Sequence[int], gamma: float) -> Schedule:
 
 def build_schedule(
     lr: float,
-    epochs: int,
+    total_steps: int,
     steps_per_epoch: int,
     *,
     name: str,
@@ -79,18 +84,21 @@ def build_schedule(
     min_lr: float = 0.0,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
+    power: float = 0.9,
 ) -> Schedule:
-    """Make step -> learning rate from a configuration in epochs.
+    """Make step -> learning rate from a configuration whose milestones and warm-up are in epochs.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name == "cosine":
-        schedule = cosine(lr, epochs * steps_per_epoch, min_lr)
+        schedule = cosine(lr, total_steps, min_lr)
+    elif name == "poly":
+        schedule = poly(lr, total_steps, power, min_lr)
     elif name == "step":
         schedule = staircase(lr, [round(m * steps_per_epoch) for m in milestones], gamma)
     else:
-        raise ValueError(f"schedule.name is {name!r}; it should be 'cosine' or 'step'")
+        raise ValueError(f"schedule.name is {name!r}; it should be 'cosine', 'poly' or 'step'")
     steps = round(warmup_epochs * steps_per_epoch)
     return warmup(schedule, steps, warmup_start) if steps else schedule
 

@@ -77,6 +77,7 @@ class Trainer:
         self.stop = StopRequest()
 
         self.steps_per_epoch = train_loader.steps_per_epoch
+        assert options.epochs is not None, "TrainOptions.in_epochs has been called"
         self.limit = options.epochs * self.steps_per_epoch
         self.limit = min(self.limit, options.max_steps or self.limit)
         self.step = 0  # optimizer steps done
