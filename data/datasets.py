@@ -9,9 +9,10 @@ import numpy as np
 
 from data.demo import demo_root, write_once
 from data.flat import has_images, list_flat
-from data.folder import cache_dir, list_folder
+from data.folder import list_folder
 from data.image_list import ImageList
 from data.shards import has_shards, list_shards
+from involution.cache import writable_cache_dir
 
 EXCLUDED = "excluded.txt"  # in the data set's folder; written by scripts/check_dataset.py
 
@@ -73,7 +74,7 @@ def _given(root: str | os.PathLike[str] | None) -> Path:
 
 def _imagenette(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download (1.5 GB)."""
-    base = Path(root) if root else cache_dir() / "imagenette"
+    base = Path(root) if root else writable_cache_dir() / "imagenette"
     if (base / "train").exists() or has_shards(base, "train"):
         return base
 
@@ -87,7 +88,7 @@ def _imagenette(root: str | os.PathLike[str] | None) -> Path:
 
 def _cifar10(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download as a folder of PNGs."""
-    base = Path(root) if root else cache_dir() / "cifar10"
+    base = Path(root) if root else writable_cache_dir() / "cifar10"
     if (base / "train").exists() or has_shards(base, "train"):
         return base
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.folder import cache_dir
+from involution.cache import cache_dir, writable_cache_dir
 
 SIZE = 64  # pixels; the digits are 8 x 8
 VAL_SHARE = 5  # every fifth image of a class is for validation
@@ -54,6 +54,8 @@ def _write_digits(root: Path) -> None:
 def demo_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Folder with train/<digit> and val/<digit>; written on first use into `root` or the cache folder."""
     target = Path(root) if root else cache_dir() / f"digits-{SIZE}"
+    if not root and not target.is_dir():
+        target = writable_cache_dir() / target.name
     try:
         return write_once(target, _write_digits)
     except OSError as error:

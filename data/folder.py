@@ -16,15 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from data.image_list import ImageList, Names
+from involution.cache import cache_dir
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")  # torchvision's
 _SETTLED = 2_000_000_000  # ns a folder must have been left alone before its listing is worth keeping
-
-
-def cache_dir() -> Path:
-    """$INVOLUTION_CACHE, or involution/ in the user's cache folder ($XDG_CACHE_HOME, ~/.cache)."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "involution"
-    return Path(os.environ.get("INVOLUTION_CACHE") or default)
 
 
 def cache_file(root: Path) -> Path:

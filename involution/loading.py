@@ -3,7 +3,6 @@
 Shape legend: B pictures, S pixels a side, N classes.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from involution.models import BottleneckNetwork, create_model, load_model
-from involution.weights import describe, fetch, load_into
+from involution.models import BottleneckNetwork, model_of
+from involution.weights import open_weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,9 +54,9 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
     """The model of a checkpoint, with its evaluation transform and class names.
 
     Args:
-        checkpoint: a run's folder (its ``best.pt``), a file of ``train.py``, ``.safetensors``, released weights, or a
-            URL of one. A file that does not tell how pictures are prepared gets ImageNet's preparation, and one with
-            1000 unnamed classes ImageNet's names.
+        checkpoint: a run's folder (its ``best.pt``), a file of ``train.py``, ``.safetensors``, released weights, a URL
+            of one, or the name of published weights ("rednet50"). A file that does not tell how pictures are prepared
+            gets ImageNet's preparation, and one with 1000 unnamed classes ImageNet's names.
         device: of the model.
         preparation: val_size, val_resize (pixels), mean, std (of the channels, in [0, 1]) in place of the file's.
 
@@ -79,41 +78,12 @@ def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparat
 
 def open_checkpoint(location: str | Path) -> Opened:
     """Everything in a checkpoint that outlives training; arguments and errors as in ``load``."""
-    from involution.engine.checkpoint import ForeignFile, best_weights, read
-
-    path = Path(location)
-    if "://" in str(location):
-        path = fetch(str(location))
-    elif path.is_dir():
-        path = path / "checkpoints" / "best.pt"
-    if path.suffix != ".safetensors":
-        try:
-            state = read(path)
-        except ForeignFile:
-            pass  # weights alone
-        else:
-            model = create_model(**state["config"]["model"])
-            load_into(model, best_weights(state))
-            return Opened(model, state["class_names"], state["config"]["data"], state["config"]["model"]["name"])
-    model, notes = load_model(path), _notes(path)
-    names = notes.get("class_names")
-    if names and len(names) != model.num_classes:
-        raise ValueError(f"{path} names {len(names)} classes, but its classifier has {model.num_classes}")
-    return Opened(model, names, notes.get("preparation", {}), describe(model.state_dict())[0])
-
-
-def _notes(path: Path) -> dict[str, Any]:
-    """What ``export.save_safetensors`` notes beside the weights."""
-    if path.suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    try:
-        return {key: json.loads(metadata[key]) for key in ("class_names", "preparation") if key in metadata}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: its metadata should be JSON, as export.save_safetensors writes it") from error
+    weights = open_weights(location)
+    model, name = model_of(weights)
+    names = weights.class_names
+    if weights.model is None and names and len(names) != model.num_classes:
+        raise ValueError(f"{location} names {len(names)} classes, but its classifier has {model.num_classes}")
+    return Opened(model, names, weights.data, name)
 
 
 def evaluation_transform(

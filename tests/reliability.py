@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from programs import Finished, finish, start
 
-from involution.engine.checkpoint import digest, read
+from involution.weights.run_file import digest, read
 
 # 45 images in steps of 16 make 3 steps an epoch, the last one ragged; micro-batches of 4 make one rank accumulate 4
 SETTINGS = [

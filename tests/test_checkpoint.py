@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from involution.engine.checkpoint import CheckpointFolder, DamagedCheckpoint, digest, load_weights, read, write
+from involution.engine.checkpoint import CheckpointFolder, load_weights
 from involution.engine.errors import UserError
+from involution.weights.run_file import DamagedCheckpoint, digest, read, write
 
 
 def state(step: int) -> dict:

@@ -9,9 +9,9 @@ from programs import finish, in_process, start
 from reliability import command, kill, outcome, saved_step, wait_until, write_images
 
 import involution
-from involution.engine.checkpoint import read
 from involution.export import save_safetensors
 from involution.weights import to_released
+from involution.weights.run_file import read
 
 # the settings of reliability.py, where a course can be killed, under the recipe
 TUNE = ["recipe=finetune", "data.loader=torch", "model.kernel_size=3", "train.freeze=1", "train.epochs=2"]

@@ -13,10 +13,10 @@ from programs import in_process, python
 
 import involution
 from data.transforms import EvalTransform
-from involution.engine.checkpoint import write
 from involution.export import save_safetensors
 from involution.loading import evaluation_transform
 from involution.weights import to_released
+from involution.weights.run_file import write
 
 NAMES = ["cat", "dog", "newt"]
 PREPARATION = {"val_size": 32, "val_resize": 40, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.4]}
@@ -124,7 +124,7 @@ def test_the_transform_is_that_of_evaluations(size):
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no checkpoint .*best.pt"):
+    with pytest.raises(ValueError, match=r"there is no file .*best.pt"):
         involution.load(tmp_path)
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):

@@ -9,12 +9,12 @@ from torch import nn
 
 from data import Batch
 from involution import create_model
-from involution.engine.checkpoint import digest
 from involution.engine.distributed import World
 from involution.engine.learner import Learner
 from involution.engine.optim import build_schedule, exponential_average, parameter_groups, prepare
 from involution.engine.options import TrainOptions
 from involution.engine.tasks.classification import Classification
+from involution.weights.run_file import digest
 
 EPOCHS, STEPS = 130, 626  # ImageNet: ceil(1281167 / 2048) steps an epoch
 

@@ -12,11 +12,11 @@ from reliability import command, lines, outcome, saved_step, start_ranks, train,
 
 from data import Batch
 from involution import create_model
-from involution.engine.checkpoint import read
 from involution.engine.distributed import World
 from involution.engine.learner import Learner
 from involution.engine.options import TrainOptions
 from involution.engine.tasks.classification import Classification
+from involution.weights.run_file import read
 
 
 @pytest.fixture(scope="module")

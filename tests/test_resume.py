@@ -24,7 +24,7 @@ from reliability import (
     write_images,
 )  # fmt: skip
 
-from involution.engine.checkpoint import read
+from involution.weights.run_file import read
 
 SETTINGS = [(1, "torch"), (2, "dali")]
 

@@ -87,8 +87,8 @@ def test_eval_takes_a_run_folder_and_its_best_checkpoint(run):
 
 
 def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
-    from involution.engine.checkpoint import best_weights, read
     from involution.weights import to_released
+    from involution.weights.run_file import best_weights, read
 
     recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     released = tmp_path / "released.pth"

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from involution.models import create_model
 from involution.models.bottleneck import EXPANSION, STAGE_WIDTHS, BottleneckNetwork
-from involution.weights import fetch, load_into, read, to_ours
+from involution.weights import load_into, open_weights
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,7 @@ def build_backbone(config: str | Mapping[str, Any], **defaults: Any) -> Backbone
 
 def _load(net: nn.Module, name: str, options: dict[str, Any], location: str | Path, sha256: str | None) -> None:
     try:
-        load_into(net, to_ours(read(fetch(location, sha256))))
+        load_into(net, open_weights(location, sha256).to_ours())
     except ValueError as error:
         used = ", ".join(f"{key}={value}" for key, value in {"name": name, **options}.items())
         raise ValueError(f"backbone.pretrained={location}: {error}. The backbone has {used}") from error

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 
 from involution import complexity, create_model
 from involution.engine import boards
-from involution.engine.checkpoint import CheckpointFolder, State, mismatch, read
+from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
@@ -21,6 +21,8 @@ from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
 from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
+from involution.weights import mismatch
+from involution.weights.run_file import State, read
 
 log = logging.getLogger("involution")
 # another value of one of these makes it another run

@@ -1,17 +1,12 @@
-"""Checkpoints that can be trusted: atomic, hashed, with the one before kept until the next is whole.
+"""A run's checkpoints: the newest ones are kept, and the last whole one is found again.
 
-A file is written under a temporary name, flushed to the disk and renamed, then the folder is flushed: at every moment
-`last.pt` is a whole checkpoint. The hash covers the contents (every tensor's bytes, every number), so that it is
-checked whatever the container; damage is reported and the newest whole checkpoint before it used.
+At every moment `last.pt` is a whole checkpoint; damage is reported and the newest whole one before it used. The files
+themselves: `involution.weights.run_file`.
 """
 
-import hashlib
-import io
 import logging
 import os
-import pickle
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,42 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from involution.engine.errors import Stopped, UserError
-from involution.weights import why_unreadable
+from involution.weights import mismatch
+from involution.weights.run_file import DamagedCheckpoint, State, flush_folder, read, write
 
 log = logging.getLogger("involution")
-State = dict[str, Any]
-
-
-class DamagedCheckpoint(UserError):
-    """A file that is not a whole checkpoint."""
-
-
-class ForeignFile(DamagedCheckpoint):
-    """A readable file, but none that train.py wrote: perhaps weights alone."""
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of nested dicts, lists, tensors, numbers and strings, independent of how they are stored."""
-    sha = hashlib.sha256()
-    for piece in _pieces(value):
-        sha.update(piece)
-    return sha.hexdigest()
-
-
-def _pieces(value: Any) -> Iterator[Any]:
-    if isinstance(value, torch.Tensor):
-        yield f"tensor {value.dtype} {tuple(value.shape)}".encode()
-        yield value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield f"key {key!r}".encode()
-            yield from _pieces(item)
-    elif isinstance(value, list | tuple):
-        yield f"list {len(value)}".encode()
-        for item in value:
-            yield from _pieces(item)
-    else:
-        yield repr(value).encode()
 
 
 def detach(value: Any) -> Any:
@@ -67,74 +30,6 @@ def detach(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [detach(item) for item in value]
     return value
-
-
-def write(path: Path, state: State) -> None:
-    """Write a checkpoint so that `path` is, at every moment, either the old file or the whole new one."""
-    buffer = io.BytesIO()
-    torch.save({**state, "sha256": digest(state)}, buffer)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def read(path: Path) -> State:
-    """Read and verify a checkpoint; nothing in the file is executed (weights_only).
-
-    Raises:
-        UserError: when there is no such file.
-        DamagedCheckpoint: when it is truncated, altered, or no checkpoint of this project.
-    """
-    if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise DamagedCheckpoint(f"{path} cannot be read as a checkpoint: {why_unreadable(error)}") from error
-    if not isinstance(state, dict) or "sha256" not in state or "model" not in state:
-        raise ForeignFile(f"{path} is not a checkpoint that train.py wrote")
-    if state.pop("sha256") != digest(state):
-        raise DamagedCheckpoint(f"{path} is damaged: its contents do not match its SHA-256")
-    return state
-
-
-def best_weights(state: State) -> dict[str, Tensor]:
-    """The weights to evaluate: their average where the run kept one."""
-    if state["ema"] is None:
-        return state["model"]
-    return {key.removeprefix("module."): value for key, value in state["ema"].items() if key != "n_averaged"}
-
-
-def mismatch(model: nn.Module, weights: dict[str, Tensor]) -> str:
-    """The keys that a model and a state dict do not share, or that have another shape; empty when all fit."""
-    own = model.state_dict()
-    missing = [key for key in own if key not in weights]
-    unexpected = [key for key in weights if key not in own]
-    shapes = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in weights and weights[key].shape != own[key].shape
-    ]
-    return "; ".join(
-        f"{what}: {', '.join(keys[:5])}{f' and {len(keys) - 5} more' if len(keys) > 5 else ''}"
-        for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if keys
-    )
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
@@ -215,7 +110,7 @@ class CheckpointFolder:
             os.replace(temporary, self.folder / name)
         finally:
             temporary.unlink(missing_ok=True)  # renaming between two names of one file leaves both
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
 
     def _steps(self) -> list[Path]:
         """The numbered checkpoints, newest first."""

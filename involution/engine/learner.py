@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from involution.engine.checkpoint import State, load_weights
+from involution.engine.checkpoint import load_weights
 from involution.engine.distributed import World, broadcast_buffers
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
@@ -19,6 +19,7 @@ from involution.engine.guard import Guard
 from involution.engine.optim import Schedule, exponential_average, prepare
 from involution.engine.options import TrainOptions
 from involution.engine.tasks import Batch, Task
+from involution.weights.run_file import State
 
 
 class Learner:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from involution.engine.checkpoint import CheckpointFolder, State
+from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.distributed import Agreement, World, broadcast_buffers, gather_objects, part, progress
 from involution.engine.errors import Preempted
 from involution.engine.evaluate import evaluate
@@ -24,6 +24,7 @@ from involution.engine.run import RunFolder
 from involution.engine.signals import StopRequest
 from involution.engine.state import rng_state, set_rng_state
 from involution.engine.tasks import Batch, Gallery, Task
+from involution.weights.run_file import State
 
 log = logging.getLogger("involution")
 SAVE, STOP, REQUEUE = 1, 2, 3  # what ranks can agree on between steps; the highest wish counts

@@ -10,7 +10,8 @@ from involution.models import rednet, resnet
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
-from involution.weights import describe, fetch, load_into, read, to_ours
+from involution.weights import Weights, load_into, open_weights
+from involution.weights.published import PUBLISHED
 
 MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
     "rednet26": rednet.rednet26,
@@ -32,7 +33,7 @@ DENSE = ("semantic_fpn", "upernet")
 def create_model(
     name: str,
     num_classes: int | None = None,
-    pretrained: str | Path | None = None,
+    pretrained: str | Path | bool | None = None,
     pretrained_sha256: str | None = None,
     **options: Any,
 ) -> Any:
@@ -42,8 +43,9 @@ def create_model(
         name: one of ``MODELS`` or ``DENSE``.
         num_classes: outputs of the classifier, 0 for none, 1000 if left out. Segmentors have 19 then, detectors 80 (the
             background does not count).
-        pretrained: path or URL of weights: ours, released or safetensors. A classifier for another number of classes
-            is left out. Downloads are kept in ``torch.hub.get_dir()``.
+        pretrained: True for the published weights of this name (``weights.published``), or path or URL of others: ours,
+            released, Paddle's, safetensors. A classifier for another number of classes is left out. Downloads are kept
+            in the cache folder.
         pretrained_sha256: the SHA-256 of that file or the beginning of it; a mismatch is an error.
         options: of ``RedNet``, ``ResNet`` or a class of ``involution.dense``, e.g. ``kernel_size=5``.
 
@@ -59,10 +61,13 @@ def create_model(
             raise ValueError(unknown_name(f"option of {name}", option, valid))
     if num_classes is not None:
         options["num_classes"] = num_classes
+    if pretrained is True:
+        if name not in PUBLISHED:
+            raise ValueError(f"nobody has published weights of {name}; there are some of {', '.join(PUBLISHED)}")
+        pretrained = name
     model = _dense(name)(**options) if name in DENSE else MODELS[name](**options)
-    if pretrained is not None:
-        state = read(fetch(pretrained, pretrained_sha256))
-        load_into(model, state if name in DENSE else to_ours(state))
+    if pretrained:
+        _load(model, name, open_weights(pretrained, pretrained_sha256))
     return model
 
 
@@ -70,17 +75,29 @@ def load_model(location: str | Path, sha256: str | None = None) -> BottleneckNet
     """The model that a file of weights is of, with these weights; its options are read off the tensors' shapes.
 
     Args:
-        location: path or URL, as ``create_model``'s ``pretrained``.
+        location: path, URL or the name of published weights.
         sha256: the file's SHA-256 or the beginning of it.
 
     Raises:
         ValueError: the file cannot be had, holds no weights or those of no model of ours.
     """
-    state = to_ours(read(fetch(location, sha256)))
-    name, options = describe(state)
-    model = create_model(name, **options)
-    load_into(model, state)
-    return model
+    return model_of(open_weights(location, sha256))[0]
+
+
+def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
+    """The model that weights are of, with them, and its name.
+
+    Raises:
+        ValueError: they are those of no model of ours.
+    """
+    options = weights.describe()
+    model = create_model(**options)
+    _load(model, options["name"], weights)
+    return model, options["name"]
+
+
+def _load(model: BottleneckNetwork, name: str, weights: Weights) -> None:
+    load_into(model, weights.tensors if name in DENSE else weights.to_ours())
 
 
 def model_options(name: str) -> list[str]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from involution.layers import Involution2d
 from involution.models.rednet import RedNet
-from involution.weights import to_ours
+from involution.weights import open_weights, to_ours
+from involution.weights.published import PUBLISHED
 
 register_notrace_module(Involution2d)  # torch.fx keeps the layer whole: its checks look at shapes
 STAGES = ("layer1", "layer2", "layer3", "layer4")
@@ -128,9 +129,9 @@ class TimmRedNet(RedNet):
         return x if pre_logits else self.fc(x)
 
 
-def _cfg() -> dict[str, Any]:
+def _cfg(name: str) -> dict[str, Any]:
     return {
-        "url": "",
+        "url": PUBLISHED[name].url,
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -140,26 +141,34 @@ def _cfg() -> dict[str, Any]:
         "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
         "classifier": "fc",
-        "license": "mit",
+        "license": PUBLISHED[name].licence.lower(),
         "paper_ids": "arXiv:2103.06255",
         "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
         "origin_url": "https://github.com/d-li14/involution",
     }
 
 
-default_cfgs = generate_default_cfgs({f"rednet{n}": _cfg() for n in (26, 38, 50, 101, 152)})
+default_cfgs = generate_default_cfgs({name: _cfg(name) for name in (f"rednet{n}" for n in (26, 38, 50, 101, 152))})
 
 
 def _create(name: str, depths: Sequence[int], pretrained: bool, **options: Any) -> nn.Module:
-    """Weights come from ``pretrained_cfg_overlay={"file": PATH}``: ours, released or timm's own files."""
-    return build_model_with_cfg(
+    """Weights are the published ones, or those of ``pretrained_cfg_overlay={"file": PATH}``: ours, released, timm's."""
+    overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
+    elsewhere = any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict"))
+    if pretrained and not elsewhere and isinstance(options.get("pretrained_cfg"), str | None):
+        overlay["state_dict"] = open_weights(overlay.pop("file", name)).to_ours()  # timm reads torch's own files alone
+    model = build_model_with_cfg(
         TimmRedNet,
         name,
         pretrained,
         pretrained_filter_fn=lambda state, model: to_ours(state),
+        pretrained_cfg_overlay=overlay or None,
         depths=depths,
         **options,
     )
+    for module in model.modules():  # of features, the network inside
+        getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
+    return model
 
 
 @register_model

@@ -3,7 +3,7 @@
 The file name carries a hash of the sources, the flags and the compiler, so a stale library is never loaded. It is
 written under a temporary name and renamed: processes that build at the same time do not disturb each other.
 
-`INVOLUTION_CACHE` sets the folder (default: `$XDG_CACHE_HOME/involution` or `~/.cache/involution`), `CXX` the compiler.
+`INVOLUTION_CACHE` sets the folder (see `involution.cache`), `CXX` the compiler.
 """
 
 import ctypes
@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 
 import torch
+
+from involution.cache import cache_dir, writable_cache_dir
 
 logger = logging.getLogger("involution.ops")
 
@@ -54,29 +56,19 @@ def library(level: str) -> ctypes.CDLL:
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
     flags = [*_FLAGS.split(), *_INSTRUCTION_FLAGS[level].split()]
-    path = _cache_folder() / f"involution-{level.lower()}-{_hash(compiler, flags)}.so"
+    name = f"involution-{level.lower()}-{_hash(compiler, flags)}.so"
+    path = cache_dir() / name
     if path.exists():
         try:
             return _load(path)
         except OSError as error:
             logger.warning("building the CPU operator again: %s cannot be loaded (%s)", path, error)
+    path = writable_cache_dir() / name
     _build(compiler, flags, path)
     try:
         return _load(path)
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("INVOLUTION_CACHE") or Path(base) / "involution")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="involution-"))  # of this process alone, so nobody else can have written to it
 
 
 def _hash(compiler: str, flags: list[str]) -> str:

@@ -1,0 +1,103 @@
+"""Names of tensors in other programs' files <-> ours.
+
+A family of models is a module with ANCHOR, a tensor that each of its models has by its name elsewhere, ``ours`` and
+``released``, a tensor's name there and back, and ``describe``. What comes before the anchor in a file is a wrapper's
+(``module.`` DistributedDataParallel, ``model.`` or ``net.`` Lightning, ``backbone.`` OpenMMLab, ...) and is taken off.
+"""
+
+import logging
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from involution.weights import rednet
+from involution.weights.into import some
+
+log = logging.getLogger("involution")
+
+FAMILIES: tuple[ModuleType, ...] = (rednet,)
+
+#: what torch puts into the middle of names
+_INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+#: Paddle's names for BatchNorm's statistics
+_PADDLE = {"_mean": "running_mean", "_variance": "running_var"}
+
+
+def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names for the tensors of a checkpoint: released, PaddleClas's, torchvision's, timm's; ours stay as they are.
+
+    The prefix of a wrapper is taken off, and said in a warning. Of a detector or segmentor only the backbone is taken,
+    with the rest listed in a warning.
+
+    Raises:
+        ValueError: there are several networks in it.
+    """
+    state = {_INSERTED.sub("", key): value for key, value in state.items()}
+    found = [(family, key.removesuffix(family.ANCHOR)) for family in FAMILIES for key in state if _ends(key, family)]
+    if len(found) > 1:
+        prefixes = " and ".join(repr(prefix or key) for prefix, key in ((p, f.ANCHOR) for f, p in found))
+        raise ValueError(
+            f"these weights hold {len(found)} networks, whose names begin with {prefixes}; save those of one alone"
+        )
+    if not found:
+        return {key.removeprefix("module."): value for key, value in state.items()}
+    family, prefix = found[0]
+    return {family.ours(key): value for key, value in _from_paddle(_without_prefix(state, prefix)).items()}
+
+
+def _ends(key: str, family: ModuleType) -> bool:
+    return key == family.ANCHOR or key.endswith("." + family.ANCHOR)
+
+
+def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it; OpenMMLab's classifier lies beside its ``backbone.``."""
+    if not prefix:
+        return dict(state)
+    wrapper = prefix.removesuffix("backbone.")
+    head = f"{wrapper}head.fc." if wrapper != prefix else None
+    taken, dropped = {}, []
+    for key, value in state.items():
+        if key.startswith(prefix):
+            taken[key.removeprefix(prefix)] = value
+        elif head and key.startswith(head):
+            taken["fc." + key.removeprefix(head)] = value
+        else:
+            dropped.append(key)
+    if wrapper:
+        log.warning("the prefix %r is taken off the names of the weights", wrapper)
+    if dropped:
+        log.warning("not taken, for they are no part of the backbone: %s", some(dropped))
+    return taken
+
+
+def _from_paddle(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors in Paddle's layout as torch has them: statistics by their names, linear layers (out, in)."""
+    if not any(key.endswith("._mean") for key in state):
+        return state
+    torch_ones: dict[str, Tensor] = {}
+    for key, value in state.items():
+        name, _, leaf = key.rpartition(".")
+        torch_ones[f"{name}.{_PADDLE.get(leaf, leaf)}"] = value.T.contiguous() if value.ndim == 2 else value
+        if leaf == "_variance":
+            torch_ones[f"{name}.num_batches_tracked"] = torch.tensor(0)
+    return torch_ones
+
+
+def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The released names for the tensors of one of our RedNets; the inverse of ``to_ours``."""
+    renamed = {rednet.released(key): value for key, value in state.items()}
+    return {f"head.{key}" if key.startswith("fc.") else f"backbone.{key}": value for key, value in renamed.items()}
+
+
+def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Name and options of the model that has these weights (our names), read off their shapes.
+
+    Raises:
+        ValueError: they are those of none of our models.
+    """
+    family = next((family for family in FAMILIES if family.ours(family.ANCHOR) in state), FAMILIES[0])
+    return family.describe(state)
