@@ -119,7 +119,7 @@ def test_a_classifier_is_kept_for_the_same_classes_and_new_for_others(tuned, ima
             ["model=resnet26", "checkpoint={weights}"],
             ["unexpected: ", "It was trained with model=rednet26 model.stem=involution"],
         ),
-        (["checkpoint=nowhere.pth"], ["there is no checkpoint nowhere.pth"]),
+        (["checkpoint=nowhere.pth"], ["there is no file nowhere.pth"]),
         (["checkpoint=README.md"], ["README.md cannot be read as a checkpoint: torch.save did not write it"]),
         (["checkpoint={weights}", "train.freeze=5"], ["train.freeze=5", "from 0 to 4"]),
         (["checkpoint={weights}", "train.freeze=[layer9]"], ["did you mean 'layer"]),
