@@ -114,7 +114,7 @@ def test_safetensors_with_a_model_card(tmp_path):
     ("checkpoint", "out", "error"),
     [
         ("model.pt", "out", None),
-        ("none.pt", "out", "there is no checkpoint"),
+        ("none.pt", "out", "there is no file"),
         ("model.pt", "none/out.onnx", "there is no folder"),
     ],
 )

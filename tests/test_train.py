@@ -102,7 +102,7 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["checkpoint=nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["checkpoint=nowhere.pt"], "there is no file nowhere.pt"),
         (["checkpoint=README.md"], "README.md cannot be read as a checkpoint"),
         ([], "checkpoint"),
         (["checkpoint={run}", "data=folder", "data.root={run}"], "train"),
