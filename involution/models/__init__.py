@@ -27,7 +27,7 @@ MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
 }
 
 #: models of dense prediction, made in ``involution.dense`` of any network above that has bottlenecks
-DENSE = ("semantic_fpn", "upernet")
+DENSE = ("retinanet", "faster_rcnn", "mask_rcnn", "semantic_fpn", "upernet")
 
 
 def create_model(
