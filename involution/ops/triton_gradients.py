@@ -129,7 +129,7 @@ def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strid
                         G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
                         P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, RP: tl.constexpr,
                         BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-                        ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+                        ACC: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
     """out (B, R, Ho, Wo) = gradient of reduced: a program sums over all groups and taps of its pixels."""
     EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
     first = tl.program_id(0) * J
@@ -144,7 +144,7 @@ def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strid
             taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
             tap, tap_ok = tap_numbers(u, block, G, K, KP, GB)
             w = tl.permute(load_weight(weight, tap, tap_ok, R, RP), (1, 0))
-            acc = tl.dot(taps, w, acc, input_precision="ieee", out_dtype=ACC)
+            acc = tl.dot(taps, w, acc, input_precision=PRECISION, out_dtype=ACC)
     b, y, x0, ok = runs(first, HO, WO, total, J, 8, RUN, WIDE)
     pixel = tl.arange(0, J * 8) % 8
     r = tl.arange(0, RP)
@@ -157,8 +157,9 @@ def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strid
 def grad_weight_kernel(x, grad, reduced, weight_parts, bias_parts, x_strides, grad_strides, reduced_strides, total,
                        parts, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
                        S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
-                       RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, UB: tl.constexpr,
-                       WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+                       RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, RSTEP: tl.constexpr,
+                       UB: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+                       J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
     """weight_parts (parts, G * K * K, R), bias_parts (parts, G * K * K): sums over the runs of each part.
 
     The parts are added afterwards in a fixed order, so the same bits come out every run (atomics would not do that).
@@ -180,13 +181,13 @@ def grad_weight_kernel(x, grad, reduced, weight_parts, bias_parts, x_strides, gr
         b, y, x0, ok = runs(first, HO, WO, total, J, GB, RUN, WIDE)
         grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
         bj, yj, xj, okj = runs(first, HO, WO, total, J, 1, RUN, WIDE)
-        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP)
+        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP, RSTEP)
         new, new_bias = (), ()
         for i in tl.static_range(UB):
             products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u0 + i, block, H, W, WO, G,
                                    GC, K, S, P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
             taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
-            new = new + (tl.dot(tl.permute(hidden, (1, 0)), taps, sums[i], input_precision="ieee", out_dtype=ACC),)
+            new = new + (tl.dot(tl.permute(hidden, (1, 0)), taps, sums[i], input_precision=PRECISION, out_dtype=ACC),)
             if bias_parts is not None:  # a sum over pixels that stays on the tensor cores
                 new_bias = new_bias + (tl.dot(ones, taps, bias_sums[i], input_precision="ieee", out_dtype=ACC),)
             else:

@@ -57,7 +57,8 @@ def forward_kernel(x, kernel, reduced, weight, bias, out, x_strides, kernel_stri
                    total, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
                    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
                    RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, KSTEP: tl.constexpr,
-                   WIDE: tl.constexpr, ACC: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
+                   RSTEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+                   J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
     """out = involution(x); reduced is None for the plain operator, kernel for the fused one.  STEP = x_strides[3]."""
     chunks: tl.constexpr = (GC + BC - 1) // BC
     blocks: tl.constexpr = (G + GB - 1) // GB
@@ -68,7 +69,7 @@ def forward_kernel(x, kernel, reduced, weight, bias, out, x_strides, kernel_stri
     channel, channel_ok = channels(block, chunk, G, GC, GB, BC, J, WIDE)
     if reduced is not None:
         bj, yj, xj, okj = runs(first, HO, WO, total, J, 1, RUN, WIDE)
-        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP)
+        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP, RSTEP)
     else:
         stored = tap_pointers(kernel, kernel_strides, b, x0, block, J, GB, KP)
         tap_column = columns_from(x0, ok & group_ok(block, G, J, GB), WO)
@@ -79,7 +80,7 @@ def forward_kernel(x, kernel, reduced, weight, bias, out, x_strides, kernel_stri
     tl.assume(H > 0)
     for u in range(K):
         if reduced is not None:
-            taps = made_taps(hidden, weight, bias, u, block, G, R, K, KP, LOG_KP, GB, RP, J, ACC)
+            taps = made_taps(hidden, weight, bias, u, block, G, R, K, KP, LOG_KP, GB, RP, J, ACC, PRECISION)
         else:
             place = (y * kernel_strides[4] + u * kernel_strides[2])[:, None]
             taps = stored_taps(stored + place, tap_column, WO, RUN, KSTEP, K, LOG_KP, ACC)
@@ -103,7 +104,8 @@ def grad_input_kernel(grad, kernel, reduced, weight, bias, out, grad_strides, ke
                       out_strides, total, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr,
                       K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
                       LOG_KP: tl.constexpr, RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr,
-                      STEP: tl.constexpr, KSTEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
+                      STEP: tl.constexpr, KSTEP: tl.constexpr, RSTEP: tl.constexpr, WIDE: tl.constexpr,
+                      ACC: tl.constexpr, PRECISION: tl.constexpr,
                       J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
     """out = gradient of x, gathered by runs of input pixels from the output columns whose kernels touch them: no
     atomics, the same bits every run.  RUN is a multiple of S: which tap meets which pixel is known when compiling.
@@ -113,11 +115,15 @@ def grad_input_kernel(grad, kernel, reduced, weight, bias, out, grad_strides, ke
     chunks: tl.constexpr = (GC + BC - 1) // BC
     blocks: tl.constexpr = (G + GB - 1) // GB
     EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
-    pid = tl.program_id(0)
+    # a program's rows y are equal modulo S: then the same rows of taps meet all of them, every S-th (for D = 1)
+    EVERY: tl.constexpr = S if D == 1 else 1
+    parity, pid = tl.program_id(0) % EVERY, tl.program_id(0) // EVERY
     chunk, block, first = pid % chunks, pid // chunks % blocks, pid // (chunks * blocks) * J
-    b, y, x0, ok = runs(first, H, W, total, J, GB, RUN, WIDE)
+    b, y, x0, ok = runs(first, tl.cdiv(H, EVERY), W, total, J, GB, RUN, WIDE)
     channel, channel_ok = channels(block, chunk, G, GC, GB, BC, J, WIDE)
-    bj, yj, xj, okj = runs(first, H, W, total, J, 1, RUN, WIDE)
+    bj, yj, xj, okj = runs(first, tl.cdiv(H, EVERY), W, total, J, 1, RUN, WIDE)
+    y, yj = y * EVERY + parity, yj * EVERY + parity
+    ok, okj = ok & (y < H), okj & (yj < H)
     start: tl.constexpr = -(((K - 1) * D - P) // S)  # the first output column, from that of x0: ceil((P - reach) / S)
     touched: tl.constexpr = (RUN - 1 + P - start * S) // S + 1  # output columns
     left = x0 // S + start
@@ -128,7 +134,9 @@ def grad_input_kernel(grad, kernel, reduced, weight, bias, out, grad_strides, ke
     for _ in tl.static_range(RUN):
         acc = acc + (tl.zeros((J * GB, BC), ACC),)
     tl.assume(HO > 0)
-    for u in range(K):
+    first_u = (parity + P) % EVERY
+    for k in range((K - first_u + EVERY - 1) // EVERY):
+        u = first_u + k * EVERY
         reach = y + P - u * D
         row_ok = ok & (reach >= 0) & (reach // S < HO) & (reach % S == 0)
         pointers = origin + (reach // S * grad_strides[2])[:, None]
@@ -138,8 +146,8 @@ def grad_input_kernel(grad, kernel, reduced, weight, bias, out, grad_strides, ke
                 reach_j = yj + P - u * D
                 okr = okj & (reach_j >= 0) & (reach_j // S < HO) & (reach_j % S == 0)
                 xr = xj // S + start + part * 8
-                hidden = load_reduced(reduced, reduced_strides, bj, reach_j // S, xr, okr, WO, R, J, RP)
-                taps = made_taps(hidden, weight, bias, u, block, G, R, K, KP, LOG_KP, GB, RP, J, ACC)
+                hidden = load_reduced(reduced, reduced_strides, bj, reach_j // S, xr, okr, WO, R, J, RP, RSTEP)
+                taps = made_taps(hidden, weight, bias, u, block, G, R, K, KP, LOG_KP, GB, RP, J, ACC, PRECISION)
             else:
                 place = (reach // S * kernel_strides[4] + u * kernel_strides[2])[:, None] + part * 8 * KSTEP
                 taps = stored_taps(stored + place, columns_from(left, row_ok & valid, WO) + part * 8, WO,

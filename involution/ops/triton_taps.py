@@ -76,12 +76,12 @@ def load_weight(weight, tap, ok, R, RP: tl.constexpr):
 
 
 @triton.jit
-def load_reduced(reduced, strides, b, y, x, ok, width, R, J: tl.constexpr, RP: tl.constexpr):
+def load_reduced(reduced, strides, b, y, x, ok, width, R, J: tl.constexpr, RP: tl.constexpr, RSTEP: tl.constexpr):
     """reduced at 8 columns from x of J runs (their b, y, x, ok): (8 J, RP)."""
     r = tl.arange(0, RP)
     column = x[:, None] + tl.arange(0, 8)[None, :]
     mask = ok[:, None] & (column >= 0) & (column < width)
-    offset = (b * strides[0] + y * strides[2])[:, None] + column * strides[3]
+    offset = (b * strides[0] + y * strides[2])[:, None] + column * RSTEP
     offset = offset[:, :, None] + (r * strides[1])[None, None, :]
     return tl.reshape(tl.load(reduced + offset, mask=mask[:, :, None] & (r < R)[None, None, :], other=0.0), (J * 8, RP))
 
@@ -105,10 +105,11 @@ def unpack(tile, LEVELS: tl.constexpr):
 
 @triton.jit
 def made_taps(hidden, weight, bias, u, block, G, R, K: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
-              GB: tl.constexpr, RP: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+              GB: tl.constexpr, RP: tl.constexpr, J: tl.constexpr, ACC: tl.constexpr,
+              PRECISION: tl.constexpr):  # fmt: skip
     """Tap row u at the 8 J pixels of hidden: value v of column c is number v * 8 + c of 8 * KP tensors (N,)."""
     tap, ok = tap_numbers(u, block, G, K, KP, GB)
-    made = tl.dot(hidden, load_weight(weight, tap, ok, R, RP), input_precision="ieee", out_dtype=ACC)
+    made = tl.dot(hidden, load_weight(weight, tap, ok, R, RP), input_precision=PRECISION, out_dtype=ACC)
     if bias is not None:
         made += tl.load(bias + tap, mask=ok, other=0.0).to(ACC)[None, :]
     made = tl.permute(tl.reshape(made, (J, 8, GB, KP)), (0, 2, 3, 1))

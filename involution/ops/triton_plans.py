@@ -1,0 +1,147 @@
+"""What the Triton backend launches: each kernel's arguments and its number of programs, from shapes alone.
+
+Tensors may lie on the meta device: scripts/check_kernels.py compiles these launches on machines without a GPU.
+
+B images, C channels, G groups, K taps a side, H x W input, Ho x Wo output, R reduced channels.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import triton_gradients, triton_kernels
+from . import triton_tiles as tiles
+from .shapes import output_hw
+
+ACCUMULATE = {torch.float64: tl.float64} | dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), tl.float32)
+
+
+class Launch(NamedTuple):
+    """A kernel, its arguments with those of its tile, the number of programs and the warps of each."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    programs: int
+    warps: int
+
+
+def _is_wide(*tensors: Tensor | None) -> bool:
+    """Whether some offset needs 64 bits (they cost registers everywhere else)."""
+    spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
+    return max(spans) >= 2**30
+
+
+def common_arguments(
+    input: Tensor, kernel_size: int, groups: int, reduced: Tensor | None, stride: int, padding: int, dilation: int
+) -> dict[str, Any]:
+    """The arguments that all kernels share."""
+    height, width = output_hw(input, kernel_size, stride, padding, dilation)
+    channels = input.shape[1] // groups
+    taps = max(8, triton.next_power_of_2(kernel_size))
+    arguments = {
+        "H": input.shape[2], "W": input.shape[3], "HO": height, "WO": width, "G": groups, "GC": channels,
+        "K": kernel_size, "S": stride, "P": padding, "D": dilation, "ACC": ACCUMULATE[input.dtype],
+        "BC": min(64, triton.next_power_of_2(channels)), "KP": taps, "LOG_KP": taps.bit_length() - 1,
+        "RUN": 7 if kernel_size <= 7 and input.dtype != torch.float64 else 4,  # else the registers do not suffice
+    }  # fmt: skip
+    if reduced is not None:
+        arguments |= {"R": reduced.shape[1], "RP": max(16, triton.next_power_of_2(reduced.shape[1]))}
+        # the span is a convolution, so that its products are as exact as cuDNN's are set to be
+        arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    return arguments
+
+
+def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:
+    return images * arguments[rows] * triton.cdiv(arguments[width], arguments["RUN"])
+
+
+def _taps_from(kernel: Tensor | None, reduced: Tensor | None, *span: Tensor | None) -> dict[str, Any]:
+    """Where taps come from: a kernel, or the operands of the span convolution."""
+    arguments: dict[str, Any] = {"kernel": kernel, "reduced": reduced, "weight": span[0], "bias": span[1]}
+    arguments["reduced_strides"] = None if reduced is None else reduced.stride()
+    arguments["RSTEP"] = None if reduced is None else reduced.stride(3)
+    if kernel is None:
+        return arguments | {"kernel_strides": None, "KSTEP": None}
+    return arguments | {
+        "kernel_strides": kernel.stride(),
+        "KSTEP": kernel.stride(5),
+        "R": 1,
+        "RP": 16,
+        "PRECISION": "ieee",
+    }
+
+
+def plan_forward(
+    input: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    out: Tensor, common: dict[str, Any],
+) -> Launch:  # fmt: skip
+    arguments = common | _taps_from(kernel, reduced, weight, bias)
+    arguments |= {"x": input, "x_strides": input.stride(), "STEP": input.stride(3)}
+    arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(input, kernel, reduced, out)}
+    arguments["total"] = _runs(common, input.shape[0])
+    return _tiled(triton_kernels.forward_kernel, arguments, tiles.forward_tile(arguments))
+
+
+def plan_grad_input(
+    grad: Tensor, kernel: Tensor | None, reduced: Tensor | None, weight: Tensor | None, bias: Tensor | None,
+    out: Tensor, common: dict[str, Any],
+) -> Launch:  # fmt: skip
+    arguments = common | _taps_from(kernel, reduced, weight, bias)
+    arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
+    if common["S"] > 1:
+        arguments["RUN"] = triton.cdiv(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
+    arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(grad, kernel, reduced, out)}
+    every = common["S"] if common["D"] == 1 else 1
+    arguments["total"] = grad.shape[0] * triton.cdiv(common["H"], every) * triton.cdiv(common["W"], arguments["RUN"])
+    launch = _tiled(triton_kernels.grad_input_kernel, arguments, tiles.grad_input_tile(arguments))
+    return launch._replace(programs=every * launch.programs)
+
+
+def _correlation(grad: Tensor, input: Tensor, common: dict[str, Any], *others: Tensor) -> dict[str, Any]:
+    arguments = {"x": input, "grad": grad, "x_strides": input.stride(), "grad_strides": grad.stride()}
+    arguments |= {"STEP": input.stride(3), "total": _runs(common, input.shape[0])}
+    return common | arguments | {"WIDE": _is_wide(grad, input, *others)}
+
+
+def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
+    arguments = _correlation(grad, input, common, out)
+    arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5)}
+    launch = _tiled(triton_gradients.grad_kernel_kernel, arguments, tiles.grad_kernel_tile(arguments))
+    a = launch.arguments
+    return launch._replace(programs=triton.cdiv(a["total"], a["J"]) * triton.cdiv(a["G"], a["GB"]))
+
+
+def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
+    arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
+    launch = _tiled(triton_gradients.grad_reduced_kernel, arguments, tiles.grad_reduced_tile(arguments))
+    return launch._replace(programs=triton.cdiv(arguments["total"], launch.arguments["J"]))
+
+
+def plan_grad_weight(
+    grad: Tensor, input: Tensor, reduced: Tensor, with_bias: bool, common: dict[str, Any]
+) -> tuple[Launch, Tensor, Tensor | None]:
+    """The launch, and the partial sums of weight (parts, G*K*K, R) and bias (parts, G*K*K) that it fills."""
+    arguments = _correlation(grad, input, common, reduced)
+    taps, channels = common["G"] * common["K"] ** 2, common["R"]
+    # two rows of taps a program: they share most input rows (in L1); more take minutes to compile
+    rows, tile = min(2, common["K"]), tiles.grad_weight_tile(common, input.element_size())
+    programs = triton.cdiv(common["G"], tile.GB) * triton.cdiv(common["K"], rows)
+    # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
+    parts = min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], tile.J))
+    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
+    weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
+    biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
+    arguments |= {"reduced": reduced, "reduced_strides": reduced.stride(), "RSTEP": reduced.stride(3), "UB": rows}
+    arguments |= {"parts": parts, "weight_parts": weights, "bias_parts": biases}
+    launch = _tiled(triton_gradients.grad_weight_kernel, arguments, tile)
+    return launch._replace(programs=programs * parts), weights, biases
+
+
+def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:
+    """The launch in a tile, with a program for each tile of runs, groups and chunks of channels."""
+    a = arguments | {"J": tile.J, "GB": tile.GB}
+    programs = triton.cdiv(a["total"], a["J"]) * triton.cdiv(a["G"], a["GB"]) * triton.cdiv(a["GC"], a["BC"])
+    return Launch(kernel, a, programs, tile.warps)

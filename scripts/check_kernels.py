@@ -1,0 +1,98 @@
+"""Compile every Triton kernel that a model launches for GPUs that are not here, and say whether it fits.
+
+    python scripts/check_kernels.py                                       RedNet-50, bf16, sm_80 to sm_120
+    python scripts/check_kernels.py --models rednet50 ablation --arch 86 90 --dtype bf16 fp32
+    python scripts/check_kernels.py --models rednet50 --size 800 1280 --batch 2      a detector's backbone
+
+A line a kernel: tile (runs x groups x warps), registers, spilled bytes, shared memory of what a program may have,
+programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
+time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
+status 1 if one does not compile, needs more shared memory than there is, or spills in bf16 or fp16.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from scripts.kernels.compiled import ARCHITECTURES, Compiled, compile_launch
+from scripts.kernels.launches import Layer, launches, layers_of, networks
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+Case = tuple[str, Layer, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
+
+
+def main() -> int:
+    args = parse()
+    cases = list(plan(args))
+    print(f"{len(cases)} kernels; tile: runs x groups x warps", flush=True)
+    failed, total = 0, 0.0
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for case, found in zip(cases, pool.map(compile_case, cases)):
+            text, fine, seconds = found
+            failed, total = failed + (not fine), total + seconds
+            print(f"{case[0]:17} {case[1]!s:36} {case[2]} sm_{case[3]:<3} {text}", flush=True)
+    print(f"{len(cases) - failed} of {len(cases)} fit; {total:.0f} s of compilation")
+    return 1 if failed else 0
+
+
+def plan(args: argparse.Namespace) -> Iterator[Case]:
+    """Every different kernel of the models, once."""
+    layers = {layer: None for _, model in networks(args.models) for layer in layers_of(model, *args.size)}
+    for layer, dtype, arch in product(layers, args.dtype, args.arch):
+        for fused in {"as-run": (None,), "both": (True, False)}[args.kernels]:
+            if layer.reduced is None and fused:
+                continue
+            for name in launches(layer, DTYPES[dtype], args.batch, fused):
+                if not args.only or name in args.only:
+                    yield name, layer, dtype, arch, args.batch, fused
+
+
+def compile_case(case: Case) -> tuple[str, bool, float]:
+    """A line about a kernel, whether it fits, and the seconds that compiling took."""
+    name, layer, dtype, arch, batch, fused = case
+    launch = launches(layer, DTYPES[dtype], batch, fused)[name]
+    tile = f"{launch.arguments['J']:>2}x{launch.arguments['GB']}x{launch.warps}"
+    try:
+        found = compile_launch(launch, arch)
+    except Exception as error:  # Triton raises anything
+        return f"{tile}  DOES NOT COMPILE: {type(error).__name__}: {str(error).strip()[:200]}", False, 0.0
+    problem = _problem(found, dtype, arch)
+    text = (
+        f"{tile}  {found.registers:3} registers, {found.spilled:3} spilled, shared {found.shared / 1024:5.1f} of "
+        f"{ARCHITECTURES[arch].shared} KiB, {found.programs} at once, {found.tensor_cores:3} mma, loads to "
+        f"{max(found.loads, default=0):3} bits, {found.seconds:4.1f} s, >= {found.floor_us:5.0f} us"
+    )
+    return f"{text}  {problem}", not problem, found.seconds
+
+
+def _problem(found: Compiled, dtype: str, arch: int) -> str:
+    if found.shared > ARCHITECTURES[arch].shared * 1024:
+        return "TOO MUCH SHARED MEMORY"
+    if found.programs < 1:
+        return "TOO MANY REGISTERS"
+    return "SPILLS" if found.spilled and dtype in ("bf16", "fp16") else ""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["rednet50"], help='names of models; "ablation" is Table 6')
+    parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--size", nargs=2, type=int, default=[224, 224], metavar=("H", "W"), help="of the images")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--kernels", choices=("as-run", "both"), default="as-run", help="both: fused and plain")
+    parser.add_argument("--only", nargs="+", help="names of kernels, e.g. span_forward")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

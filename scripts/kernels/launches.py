@@ -1,0 +1,104 @@
+"""Every kernel that a model would launch, from its layers' shapes; on the meta device, without memory or a GPU.
+
+Shape legend: B batch, C channels, G groups, K kernel size, Ho Wo output size, R reduced channels.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from involution import Involution2d, create_model
+from involution.ops import triton_plans as plans
+from involution.ops.triton_plans import Launch
+
+#: Table 6: the variants of RedNet-50 that its ablations train, with their convolution stem
+ABLATION: dict[str, dict[str, Any]] = {
+    **{f"kernel_size={k}": {"kernel_size": k} for k in (3, 5, 9)},
+    **{f"group_channels={g}": {"group_channels": g} for g in (1, 4, None)},
+    **{f"reduction_ratio={r}": {"reduction_ratio": r} for r in (1, 16)},
+    "kernel_generation=linear": {"kernel_generation": "linear"},
+}
+
+
+class Layer(NamedTuple):
+    """An involution and the size it meets: (C, H, W) of its input, G, K, stride, dilation, and R (None: plain)."""
+
+    size: tuple[int, int, int]
+    groups: int
+    kernel_size: int
+    stride: int
+    dilation: int
+    reduced: int | None
+
+    def __str__(self) -> str:
+        c, h, w = self.size
+        fused = "" if self.reduced is None else f" R{self.reduced}"
+        return f"{c}x{h}x{w} G{self.groups} K{self.kernel_size} s{self.stride} d{self.dilation}{fused}"
+
+
+def networks(names: list[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Models by name; "ablation" stands for Table 6's variants of RedNet-50."""
+    for name in names:
+        variants = {"": {}} if name != "ablation" else ABLATION
+        for variant, options in variants.items():
+            with torch.device("meta"):
+                if name == "ablation":
+                    yield variant, create_model("rednet50", stem="convolution", **options)
+                else:
+                    yield name, create_model(name)
+
+
+def layers_of(model: nn.Module, height: int = 224, width: int = 224) -> list[Layer]:
+    """The different involutions of a model, in the order in which they run."""
+    found: dict[Layer, None] = {}
+
+    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, Involution2d)
+        reduce = getattr(layer.kernel_generation, "reduce", None)
+        span = getattr(layer.kernel_generation, "span", None)
+        reduced = layer.channels if span is not None and reduce is None else getattr(reduce, "out_channels", None)
+        channels, rows, columns = inputs[0].shape[1:]
+        found[
+            Layer((channels, rows, columns), layer.groups, layer.kernel_size, layer.stride, layer.dilation, reduced)
+        ] = None
+
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Involution2d)]
+    with torch.no_grad():
+        model.eval()(torch.empty(1, 3, height, width, device="meta"))
+    for handle in handles:
+        handle.remove()
+    return list(found)
+
+
+def launches(layer: Layer, dtype: torch.dtype, batch: int, fused: bool | None = None) -> dict[str, Launch]:
+    """A layer's launches by name, in channels_last: the fused kernels (True), the plain ones (False) or as it runs."""
+    (channels, height, width), k = layer.size, layer.kernel_size
+    padding = layer.dilation * (k - 1) // 2
+    out_height, out_width = -(-height // layer.stride), -(-width // layer.stride)
+    options = layer.stride, padding, layer.dilation
+
+    def empty(channels: int, *size: int) -> Tensor:
+        value = torch.empty(batch, channels, *size, dtype=dtype, device="meta")
+        return value.to(memory_format=torch.channels_last)
+
+    x, out = empty(channels, height, width), empty(channels, out_height, out_width)
+    taps = layer.groups * k * k
+    if layer.reduced is None or fused is False:
+        kernel = empty(taps, out_height, out_width).view(batch, layer.groups, k, k, out_height, out_width)
+        common = plans.common_arguments(x, k, layer.groups, None, *options)
+        return {
+            "forward": plans.plan_forward(x, kernel, None, None, None, out, common),
+            "grad_input": plans.plan_grad_input(out, kernel, None, None, None, x, common),
+            "grad_kernel": plans.plan_grad_kernel(out, x, kernel, common),
+        }
+    reduced = empty(layer.reduced, out_height, out_width)
+    weight, bias = (torch.empty(*size, dtype=dtype, device="meta") for size in ((taps, layer.reduced), (taps,)))
+    common = plans.common_arguments(x, k, layer.groups, reduced, *options)
+    return {
+        "span_forward": plans.plan_forward(x, None, reduced, weight, bias, out, common),
+        "span_grad_input": plans.plan_grad_input(out, None, reduced, weight, bias, x, common),
+        "span_grad_reduced": plans.plan_grad_reduced(out, x, weight, reduced, common),
+        "span_grad_weight": plans.plan_grad_weight(out, x, reduced, True, common)[0],
+    }
