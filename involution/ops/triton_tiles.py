@@ -61,6 +61,8 @@ def grad_weight_tile(a: dict[str, Any], element_size: int) -> Tile:
     """The sums of a row, KP taps x GB groups x RP, are at most 2048 values of a program's registers."""
     groups = min(4, _power(a["G"]), max(1, 64 // a["BC"]), max(1, 256 // a["RP"]))
     runs = min(1024 // (groups * max(16, a["BC"])), 2048 // a["RP"])
+    if a["S"] > 1 and a["RP"] >= 64:
+        runs //= 2  # the input's columns are twice as many; before sm_90 a thread would spill 232 bytes
     return Tile(max(2, 2 * runs // element_size), groups)  # wider types take more shared memory
 
 
