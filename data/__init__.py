@@ -10,7 +10,7 @@ from data.decode import BadImageError
 from data.image_list import ImageList
 from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
 from data.sampling import Plan, eval_batches
-from data.torch_loader import TorchBackend
+from data.torch_loader import Pictures, TorchBackend
 from data.transforms import EvalTransform, TrainTransform
 
 __all__ = [
@@ -135,7 +135,7 @@ def _backend(loader: str, settings: Settings) -> Backend:
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader is {loader!r}, expected 'auto', 'dali' or 'torch'")
     if loader == "torch" or (loader == "auto" and not dali_installed()):
-        return TorchBackend(settings)
+        return TorchBackend(Pictures(settings), settings.workers, settings.device)
     if not dali_installed():
         raise ValueError("loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch")
     from data.dali import DaliBackend

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,9 @@ class Loaded(NamedTuple):
     targets: torch.Tensor
     valid: int
     bad: list[BadImageError]
+
+    def to(self, device: torch.device) -> "Loaded":
+        return self._replace(pictures=self.pictures.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _one_thread() -> Iterator[None]:
 @dataclass
 class _Loader:
     backend: Backend
-    settings: Settings
+    settings: Any  # `images` are in it; here Settings
     on_error: str
     skipped: dict[str, str] = field(default_factory=dict)
 
@@ -110,24 +113,27 @@ class _Loader:
             raise ValueError(f"on_error is {self.on_error!r}, expected 'stop' or 'skip'")
 
     @property
-    def dataset(self) -> ImageList:
+    def dataset(self) -> Any:
         return self.settings.images
 
-    def _take(self, stream: Iterator[Loaded]) -> Batch:
+    def _take(self, stream: Iterator[Any]) -> Any:
         """The stream's next batch, normalised."""
         with _one_thread():
             return self._accept(next(stream))
 
-    def _accept(self, loaded: Loaded) -> Batch:
-        """The batch, after bad files were raised (on_error="stop") or noted in `skipped` {path: reason}."""
-        for error in loaded.bad:
+    def _accept(self, loaded: Any) -> Any:
+        self._note(loaded.bad)
+        s = self.settings
+        return Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
+
+    def _note(self, bad: list[BadImageError]) -> None:
+        """Raise bad files (on_error="stop") or note them in `skipped` {path: reason}."""
+        for error in bad:
             if self.on_error == "stop":
                 raise error
             if error.path not in self.skipped:
                 self.skipped[error.path] = error.reason
                 log.warning("left out %r: %s (%d files so far)", error.path, error.reason, len(self.skipped))
-        s = self.settings
-        return Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
 
     def close(self) -> None:
         """Stops workers and threads. The loader must not be used afterwards."""
@@ -140,7 +146,7 @@ class TrainLoader(_Loader):
     It is its own iterator: going on after an evaluation or an epoch keeps what was prefetched.
     """
 
-    def __init__(self, backend: Backend, settings: Settings, plan: Plan, seed: int, on_error: str) -> None:
+    def __init__(self, backend: Backend, settings: Any, plan: Plan, seed: int, on_error: str) -> None:
         super().__init__(backend, settings, on_error)
         self.plan, self.seed = plan, seed
         self.epoch = self.batch = 0
@@ -169,10 +175,14 @@ class TrainLoader(_Loader):
         if (epoch, batch) != (self.epoch, self.batch):
             self.epoch, self.batch, self._stream = epoch, batch, None
 
+    def _order(self, epoch: int) -> np.ndarray:
+        """A function of (seed, epoch) alone."""
+        return sampling.permutation(self.seed, epoch, self.plan.n)
+
     def _requests(self) -> Iterator[MicroBatch]:
         epoch, batch = self.epoch, self.batch
         while True:
-            order = sampling.permutation(self.seed, epoch, self.plan.n)
+            order = self._order(epoch)
             for number in range(batch, self.plan.batches_per_epoch):
                 yield self.plan.micro_batch(order, epoch, number)
             epoch, batch = epoch + 1, 0
@@ -193,7 +203,7 @@ class TrainLoader(_Loader):
 class EvalLoader(_Loader):
     """This rank's share of an evaluation: equally many batches on every rank, every image once over all ranks."""
 
-    def __init__(self, backend: Backend, settings: Settings, requests: list[MicroBatch], on_error: str) -> None:
+    def __init__(self, backend: Backend, settings: Any, requests: list[MicroBatch], on_error: str) -> None:
         super().__init__(backend, settings, on_error)
         self.requests = requests
 

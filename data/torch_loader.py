@@ -6,6 +6,7 @@ Shapes: b images a batch, 3 channels, S pixels a side.
 import gc
 import signal
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from data.transforms import cut
 PREFETCH = 4  # batches a worker keeps ready
 
 
-class _Pictures(Dataset[Loaded]):
+class Pictures(Dataset[Loaded]):
     """Map-style data set whose items are whole micro-batches."""
 
     def __init__(self, settings: Settings) -> None:
@@ -64,24 +65,28 @@ def _outlive_signals(_: int) -> None:
 
 
 class TorchBackend:
-    """See data.loader.Backend."""
+    """See data.loader.Backend.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        pictures: maps a MicroBatch to what the worker processes hand out.
+    """
+
+    def __init__(self, pictures: Dataset[Any], workers: int, device: torch.device) -> None:
         self._requests = _Requests()
-        self._device = settings.device
+        self._device = device
         self._loader = DataLoader(
-            _Pictures(settings),
+            pictures,
             batch_size=None,
             sampler=self._requests,
-            num_workers=settings.workers,
-            pin_memory=settings.device.type == "cuda",
-            prefetch_factor=PREFETCH if settings.workers else None,
-            persistent_workers=settings.workers > 0,
+            num_workers=workers,
+            pin_memory=device.type == "cuda",
+            prefetch_factor=PREFETCH if workers else None,
+            persistent_workers=workers > 0,
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # so that starting an epoch leaves the global random state alone
         )
 
-    def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
+    def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Any]:
         self._requests.requests = requests
         if self._loader._iterator is not None or not self._loader.num_workers:
             return self._on_device(iter(self._loader))
@@ -92,9 +97,9 @@ class TorchBackend:
         finally:
             gc.unfreeze()
 
-    def _on_device(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+    def _on_device(self, batches: Iterator[Any]) -> Iterator[Any]:
         for batch in batches:
-            yield batch._replace(pictures=batch.pictures.to(self._device, non_blocking=True))
+            yield batch.to(self._device)
 
     def close(self) -> None:
         iterator, self._loader._iterator = self._loader._iterator, None
