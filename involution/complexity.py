@@ -4,10 +4,11 @@ The paper's FLOPs are multiply-adds of convolutions, linear layers and involutio
 element for BatchNorm, 1 for an added bias, ReLU and pooling (an element of its input). Additions of residual branches
 are not counted. So counted, RedNet-50 comes to 2.69 G at 224 x 224, and to 2.65 G without the element-wise part.
 
-The model runs once on the meta device (shapes only, no arithmetic); hooks see each layer's shapes.
+The model runs once on the meta device (shapes only, no arithmetic); hooks see each layer's shapes. Of a detector every
+layer runs once, with as many boxes and masks as the paper counted (``forward_fixed``).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +18,10 @@ from involution.kernel_generation import SpanGeneration
 from involution.layers import Involution2d
 
 ELEMENTWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
-COUNTED = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, Involution2d, *ELEMENTWISE)
+COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, Involution2d, *ELEMENTWISE)
+
+#: layer, its input, its output -> (multiply-adds, element-wise operations) of a call
+Cost = Callable[[nn.Module, Tensor, Tensor], tuple[int, int]]
 
 
 @dataclass
@@ -26,6 +30,7 @@ class Part:
 
     name: str
     params: int
+    trainable: int
     output: tuple[int, ...] = ()
     macs: int = 0
     elementwise: int = 0
@@ -42,6 +47,11 @@ class Complexity:
     def params(self) -> int:
         """Trainable and frozen parameters; buffers do not count."""
         return sum(part.params for part in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that are not frozen: what the paper prints of detectors."""
+        return sum(part.trainable for part in self.parts)
 
     @property
     def macs(self) -> int:
@@ -61,7 +71,38 @@ class Complexity:
         return "\n".join(lines)
 
 
-def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) -> Complexity:
+class _Fixed(nn.Module):
+    """A model whose forward is its ``forward_fixed``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> object:
+        return self.model.forward_fixed(x)  # type: ignore[operator]
+
+
+def layer_cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
+    """(multiply-adds, element-wise operations) of one call of a layer, as the paper counts them.
+
+    A module that multiplies without a layer of its own says so: ``products(x, output)``, multiply-adds.
+    """
+    if hasattr(module, "products"):
+        return module.products(x, output), 0  # type: ignore[operator]
+    if isinstance(module, nn.Conv2d):
+        return output.numel() * module.weight[0].numel(), 0 if module.bias is None else output.numel()
+    if isinstance(module, nn.ConvTranspose2d):
+        return x.numel() * module.weight[0].numel(), 0 if module.bias is None else output.numel()
+    if isinstance(module, nn.Linear):
+        return output.numel() * module.in_features, 0 if module.bias is None else output.numel()
+    if isinstance(module, nn.BatchNorm2d):
+        return 0, 2 * x.numel()
+    if isinstance(module, Involution2d):
+        return _involution_cost(module, output)
+    return 0, x.numel()
+
+
+def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), cost: Cost = layer_cost) -> Complexity:
     """Count what ``model`` (on any device, in any mode; it is left unchanged) costs for one image (C, H, W)."""
     result = Complexity(input_size)
     hooks, modes = [], {module: module.training for module in model.modules()}
@@ -69,15 +110,18 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) ->
     inside = {g.span for g in generations if isinstance(g, SpanGeneration)}  # run by the operator, not called
     whole = [(type(model).__name__, model)]
     for name, child in whole if isinstance(model, COUNTED) else model.named_children():
-        part = Part(name, sum(p.numel() for p in child.parameters()))
+        parameters = list(child.parameters())
+        trainable = sum(p.numel() for p in parameters if p.requires_grad)
+        part = Part(name, sum(p.numel() for p in parameters), trainable)
         result.parts.append(part)
         hooks.append(child.register_forward_hook(_record_output(part)))
-        layers = [m for m in child.modules() if isinstance(m, COUNTED) and m not in inside]
-        hooks += [layer.register_forward_hook(_add_cost(part)) for layer in layers]
-    meta = {k: v.detach().to("meta") for k, v in [*model.named_parameters(), *model.named_buffers()]}
+        layers = [m for m in child.modules() if _counts(m) and m not in inside]
+        hooks += [layer.register_forward_hook(_add_cost(part, cost)) for layer in layers]
+    runs = _Fixed(model) if hasattr(model, "forward_fixed") else model
+    meta = {k: v.detach().to("meta") for k, v in [*runs.named_parameters(), *runs.named_buffers()]}
     try:
         with torch.no_grad():
-            torch.func.functional_call(model.eval(), meta, torch.empty(1, *input_size, device="meta"))
+            torch.func.functional_call(runs.eval(), meta, torch.empty(1, *input_size, device="meta"))
     finally:
         for hook in hooks:
             hook.remove()
@@ -86,33 +130,24 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224)) ->
     return result
 
 
+def _counts(module: nn.Module) -> bool:
+    return isinstance(module, COUNTED) or hasattr(module, "products")
+
+
 def _record_output(part: Part) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        part.output = tuple(output.shape[1:])
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | Sequence[Tensor]) -> None:
+        part.output = tuple((output if isinstance(output, Tensor) else output[-1]).shape[1:])
 
     return hook
 
 
-def _add_cost(part: Part) -> Callable[..., None]:
+def _add_cost(part: Part, cost: Cost) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        macs, elementwise = _cost(module, args[0], output)
+        macs, elementwise = cost(module, args[0], output)
         part.macs += macs
         part.elementwise += elementwise
 
     return hook
-
-
-def _cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
-    """(multiply-adds, element-wise operations) of one call of a layer."""
-    if isinstance(module, nn.Conv2d):
-        return output.numel() * module.weight[0].numel(), 0 if module.bias is None else output.numel()
-    if isinstance(module, nn.Linear):
-        return output.numel() * module.in_features, 0 if module.bias is None else output.numel()
-    if isinstance(module, nn.BatchNorm2d):
-        return 0, 2 * x.numel()
-    if isinstance(module, Involution2d):
-        return _involution_cost(module, output)
-    return 0, x.numel()
 
 
 def _involution_cost(module: Involution2d, output: Tensor) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""Print parameters and FLOPs of every model of Tables 1 and 6 beside the paper's figures, as Markdown.
+"""Print parameters and FLOPs of every model of Tables 1 and 3 to 7 beside the paper's figures, as Markdown.
 
     python scripts/model_table.py
 
-The figures of the paper are docs/paper/table1_classification.csv and table6_ablation.csv. They are printed to one
-decimal; FLOPs are counted as the paper counts them (involution/complexity.py).
+The figures of the paper are docs/paper/*.csv, printed to one decimal; FLOPs are counted as the paper counts them
+(involution/complexity.py). Tables 3, 4, 5 and 7 are in dense_table.py.
 """
 
 import csv
@@ -80,6 +80,10 @@ def markdown(title: str, rows: list[tuple[str, Complexity, dict[str, str]]]) -> 
 
 
 if __name__ == "__main__":
+    import dense_table
+
     print(markdown("Table 1", table1()))
     print()
     print(markdown("Table 6 (RedNet-50)", table6()))
+    for title, rows in dense_table.tables():
+        print(f"\n{dense_table.markdown(title, rows)}")

@@ -29,6 +29,11 @@ class NonLocal(nn.Module):
         y = F.scaled_dot_product_attention(query, key, value, scale=1.0)
         return x + self.norm(self.out(y.transpose(1, 2).unflatten(2, x.shape[-2:])))
 
+    def products(self, x: Tensor, output: Tensor) -> int:
+        """Multiply-adds of the attention: see ``involution.complexity``."""
+        pixels = x.shape[2] * x.shape[3]
+        return 2 * len(x) * pixels**2 * self.query.out_channels
+
 
 class CrissCross(nn.Module):
     """Attention of a pixel to its row and column, twice with the same weights, so that all pixels are reached."""
@@ -52,6 +57,11 @@ class CrissCross(nn.Module):
         y = torch.einsum("bhwi,bciw->bchw", weights[..., :height], value)
         return x + self.gamma * (y + torch.einsum("bhwj,bchj->bchw", weights[..., height:], value))
 
+    def products(self, x: Tensor, output: Tensor) -> int:
+        """Multiply-adds of the attention, of both passes."""
+        batch, channels, height, width = x.shape
+        return 2 * batch * height * width * (height + width) * (self.query.out_channels + channels)
+
 
 class GlobalContext(nn.Module):
     """One vector for the image, pooled by attention, through a bottleneck (r = 16), added to every pixel."""
@@ -69,6 +79,10 @@ class GlobalContext(nn.Module):
         weights = self.attention(x).flatten(2).softmax(2)
         context = (x.flatten(2) @ weights.transpose(1, 2))[..., None]
         return x + self.expand(self.norm(self.reduce(context)).relu())
+
+    def products(self, x: Tensor, output: Tensor) -> int:
+        """Multiply-adds of the pooling."""
+        return x.numel()
 
 
 class Deformable(nn.Module):
@@ -89,6 +103,10 @@ class Deformable(nn.Module):
         moved, c = self.offset(x), self.convolution
         mask = moved[:, self.shifts :].sigmoid() if moved.shape[1] > self.shifts else None
         return deform_conv2d(x, moved[:, : self.shifts], c.weight, c.bias, c.stride, c.padding, c.dilation, mask)
+
+    def products(self, x: Tensor, output: Tensor) -> int:
+        """Multiply-adds of the convolution, which is not called as a layer; the sampling is not counted."""
+        return output.numel() * self.convolution.weight[0].numel()
 
 
 PLUGINS = ("nl", "rcca", "gc", "dcn", "dcn_v2")

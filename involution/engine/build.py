@@ -21,6 +21,7 @@ from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything
 from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
+from involution.models import without_weights
 from involution.weights import mismatch
 from involution.weights.run_file import State, read
 
@@ -62,7 +63,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         _check_same_run(state, plain, train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
-    model: Any = create_model(**config.model)
+    model: Any = create_model(**config.model if state is None else without_weights(config.model))
     if config.checkpoint is not None and state is None:
         start_from(model, config.checkpoint, config.data, train.class_names)
     if o.freeze is not None:
@@ -111,7 +112,7 @@ def check_model(options: dict[str, Any]) -> None:
         ValueError: naming the option.
     """
     with torch.device("meta"):
-        create_model(**options | {"num_classes": 1})
+        create_model(**without_weights(options) | {"num_classes": 1})
 
 
 def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool) -> torch.nn.Module:
@@ -148,7 +149,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
         with torch.device("meta"):
-            keys = mismatch(create_model(**now["model"]), state["model"])
+            keys = mismatch(create_model(**without_weights(now["model"])), state["model"])
         raise UserError(
             f"the checkpoint to resume belongs to another run: {listed}{f' ({keys})' if keys else ''}. "
             "Give this one another name=, or start over in the same folder with train.resume=never"

@@ -1,7 +1,7 @@
 """The models by name."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
     Raises:
         ValueError: they are those of no model of ours.
     """
-    options = weights.describe()
+    options = without_weights(weights.describe())
     model = create_model(**options)
     _load(model, options["name"], weights)
     return model, options["name"]
@@ -98,6 +98,14 @@ def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
 
 def _load(model: BottleneckNetwork, name: str, weights: Weights) -> None:
     load_into(model, weights.tensors if name in DENSE else weights.to_ours())
+
+
+def without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``create_model`` without the files that a new model would start from: a trained one needs none."""
+    options = {key: value for key, value in options.items() if not key.startswith("pretrained")}
+    if isinstance(options.get("backbone"), Mapping):
+        options["backbone"] = without_weights(options["backbone"])
+    return options
 
 
 def model_options(name: str) -> list[str]:
@@ -112,4 +120,14 @@ def _dense(name: str) -> Any:
     return dense.MODELS[name]
 
 
-__all__ = ["DENSE", "MODELS", "BottleneckNetwork", "RedNet", "ResNet", "create_model", "load_model", "model_options"]
+__all__ = [
+    "DENSE",
+    "MODELS",
+    "BottleneckNetwork",
+    "RedNet",
+    "ResNet",
+    "create_model",
+    "load_model",
+    "model_options",
+    "without_weights",
+]
