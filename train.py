@@ -6,6 +6,7 @@ state saved (run again to continue), 1 anything else.
 
 import atexit
 import dataclasses
+import logging
 from contextlib import closing
 from pathlib import Path
 
@@ -15,11 +16,13 @@ from omegaconf import DictConfig
 
 from involution.engine import cli
 from involution.engine.build import build_trainer
-from involution.engine.config import TrainConfig, check_batches, validate
+from involution.engine.config import TrainConfig, given, validate
 from involution.engine.distributed import init_world, leave_world
+from involution.engine.options import fit_batch_size
 from involution.engine.run import RunFolder, code_version, same_on_all_ranks
 from involution.engine.signals import leave_on_signals
 
+log = logging.getLogger("involution")
 CONF = Path(__file__).resolve().parent / "conf"
 
 
@@ -32,10 +35,15 @@ def main(composed: DictConfig) -> None:
     atexit.register(leave_world)
     same_on_all_ranks("code version", code_version())
     same_on_all_ranks("configuration", dataclasses.asdict(config))
-    check_batches(config.train.global_batch_size, config.train.batch_size, world.size)
+    o, fixed = config.train, "train.batch_size" in given(HydraConfig.get().overrides.task)
+    configured, o.batch_size = o.batch_size, fit_batch_size(o.global_batch_size, o.batch_size, world.size, fixed)
     run = RunFolder(Path(HydraConfig.get().runtime.output_dir), world)
     with cli.user_input():
         trainer = build_trainer(config, run, world)
+    if o.batch_size != configured:
+        log.info(
+            "train.batch_size=%d, not %d, so that %d ranks share the global batch", o.batch_size, configured, world.size
+        )
     with closing(trainer):
         summary = trainer.fit()
     if world.is_main:

@@ -1,7 +1,7 @@
 """Images for training and evaluation: data sets, and two loaders that give the same batches in the same order."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -40,8 +40,8 @@ def train_loader(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     loader: str = "auto",
     rank: int = 0,
     world_size: int = 1,
@@ -61,7 +61,7 @@ def train_loader(
         train_size: side of the pictures, or {first epoch: side} for progressive resizing, e.g. {0: 128, 30: 224}.
         scale, ratio: range of a crop's share of the area, and of its width / height.
         flip: probability of mirroring.
-        mean, std: of the channels, in units of [0, 1].
+        mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S).
         loader: "dali", "torch", or "auto" (dali where it is installed).
         dtype: of the images.
         device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
@@ -91,8 +91,8 @@ def eval_loader(
     batch_size: int,
     val_resize: int = 256,
     val_size: int = 224,
-    mean: tuple[float, float, float] = IMAGENET_MEAN,
-    std: tuple[float, float, float] = IMAGENET_STD,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
     loader: str = "auto",
     rank: int = 0,
     world_size: int = 1,
@@ -121,6 +121,8 @@ def eval_loader(
 def _settings(images, transform, mean, std, dtype, device, workers, decoder) -> Settings:  # type: ignore[no-untyped-def]
     if decoder not in ("cpu", "mixed"):
         raise ValueError(f"decoder is {decoder!r}, expected 'cpu' or 'mixed'")
+    if len(mean) != len(std) or len(mean) not in (1, 3):
+        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} should both have 3 values, or 1 for gray pictures")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
     return Settings(images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder)

@@ -1,6 +1,6 @@
 """What both loaders have in common: batches, positions, and rows that could not be read.
 
-Shapes: b images a batch, 3 channels, S pixels a side.
+Shapes: b images a batch, C channels (3, or 1 where mean and std have one value), S pixels a side.
 """
 
 import logging
@@ -24,7 +24,7 @@ Row = TypeVar("Row")
 
 
 class Batch(NamedTuple):
-    """images (b, 3, S, S) normalised, channels_last; targets (b,) int64; only the first `valid` rows count."""
+    """images (b, C, S, S) normalised, channels_last; targets (b,) int64; only the first `valid` rows count."""
 
     images: torch.Tensor
     targets: torch.Tensor
@@ -55,8 +55,8 @@ class Settings:
 
     images: ImageList
     transform: Transform
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # 3 values, or 1 for gray pictures
+    std: tuple[float, ...]
     dtype: torch.dtype
     device: torch.device
     workers: int

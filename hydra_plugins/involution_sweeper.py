@@ -7,6 +7,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import read_write
 
 from involution.engine.cli import print_result
 from involution.engine.errors import Stopped
@@ -44,11 +45,13 @@ class Sweeper(BasicSweeper):
         assert self.hydra_context is not None
         assert self.launcher is not None
         log_to(None, is_main=True)
-        batch, swept = self._combinations(arguments)
+        batch, varied = self._combinations(arguments)
         sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
         config, loader = self.config, self.hydra_context.config_loader
         ranks = getattr(self.launcher, "ranks", 1)
-        sweep_dir, jobs = plan(batch, lambda job: loader.load_sweep_config(config, job), sweep_dir, swept, ranks)
+        sweep_dir, jobs = plan(batch, lambda job: loader.load_sweep_config(config, job), sweep_dir, varied, ranks)
+        with read_write(config):
+            config.hydra.sweep.dir = str(sweep_dir)  # the launcher makes this folder
 
         todo = []
         for job in jobs:
@@ -70,7 +73,7 @@ class Sweeper(BasicSweeper):
             listed = [f"  {folder.name}: {reasons.get(folder) or 'ended without a result'}" for folder in failed]
             raise Stopped("\n".join([f"{len(failed)} of {len(jobs)} jobs failed:", *listed]))
 
-    def _combinations(self, arguments: list[str]) -> tuple[list[list[str]], str]:
+    def _combinations(self, arguments: list[str]) -> tuple[list[list[str]], set[str]]:
         """Every job's overrides, and the keys that vary."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
@@ -81,4 +84,4 @@ class Sweeper(BasicSweeper):
                 batch += chunk
         varied = {each.key_or_group for each in overrides if each.is_sweep_override()}
         varied |= {override.partition("=")[0] for row in self.rows for override in row}
-        return batch, "-".join(sorted(varied))
+        return batch, varied

@@ -1,6 +1,6 @@
 """A checkpoint as a ready-made classifier: the model, the preparation of its pictures, the names of its classes.
 
-Shape legend: B pictures, S pixels a side, N classes.
+Shape legend: B pictures, C channels (3, or 1 for gray), S pixels a side, N classes.
 """
 
 import re
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 #: how pictures are prepared where a file does not tell: as the authors' released models expect them
 IMAGENET = {"val_size": 224, "val_resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+GRAY = IMAGENET | {"mean": [0.449], "std": [0.226]}  # their averages
 LONGEST = 8  # long side / short side beyond which a picture's ends, far outside the centre crop, are cut off first
 
 
@@ -34,8 +35,8 @@ class Opened(NamedTuple):
 class Classifier(NamedTuple):
     """A trained model with what it takes to use it."""
 
-    model: BottleneckNetwork  # in evaluation mode; (B, 3, S, S) -> logits (B, N)
-    transform: Callable[["Image"], Tensor]  # a picture of any size and mode -> (3, S, S)
+    model: BottleneckNetwork  # in evaluation mode; (B, C, S, S) -> logits (B, N)
+    transform: Callable[["Image"], Tensor]  # a picture of any size and mode -> (C, S, S)
     class_names: tuple[str, ...]  # N of them
 
     @torch.inference_mode()
@@ -44,7 +45,14 @@ class Classifier(NamedTuple):
         if not self.class_names:
             raise ValueError("these weights have no classifier, so there is nothing to predict")
         device = next(self.model.parameters()).device
-        logits = self.model(torch.stack([self.transform(picture) for picture in pictures]).to(device))
+        pixels = torch.stack([self.transform(picture) for picture in pictures]).to(device)
+        channels = input_channels(self.model)
+        if pixels.shape[1] != channels:
+            raise ValueError(
+                f"the model takes {channels} channels, but its pictures are prepared with {pixels.shape[1]}: mean and "
+                "std should have a value for each (pictures have 3, or 1 when they are made gray)"
+            )
+        logits = self.model(pixels)
         best = logits.float().softmax(1).topk(min(top, logits.shape[1]))
         rows = zip(best.values.tolist(), best.indices.tolist(), strict=True)
         return [[(self.class_names[i], p) for p, i in zip(*row, strict=True)] for row in rows]
@@ -69,7 +77,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
 def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparation: Any) -> Classifier:
     """An opened checkpoint ready for use; arguments as in ``load``."""
     model, names, data, _ = opened
-    told = {key: data.get(key, default) for key, default in IMAGENET.items()}
+    told = {key: data.get(key, default) for key, default in (GRAY if input_channels(model) == 1 else IMAGENET).items()}
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = _readable(names) if names else _unnamed(model.num_classes)
     names += [str(i) for i in range(len(names), model.num_classes)]  # model.num_classes may exceed the data set's
@@ -86,14 +94,22 @@ def open_checkpoint(location: str | Path) -> Opened:
     return Opened(model, names, weights.data, name)
 
 
+def input_channels(model: torch.nn.Module) -> int:
+    """The channels of the pictures that a model takes: those of its first convolution."""
+    return next(module.in_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+
+
 def evaluation_transform(
     val_size: int, val_resize: int, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[["Image"], Tensor]:
-    """Short side to ``val_resize``, central crop of ``val_size``, normalisation: what evaluations do.
+    """Short side to ``val_resize``, central crop of ``val_size``, normalisation: what evaluations do. With one value in
+    ``mean`` and ``std`` the picture is made gray.
 
     Raises:
-        ValueError: torchvision is not installed.
+        ValueError: torchvision is not installed, or there are not as many values as channels.
     """
+    if len(mean) != len(std) or len(mean) not in (1, 3):
+        raise ValueError(f"mean {list(mean)} and std {list(std)} should both have 3 values, or 1 for gray pictures")
     try:
         from torchvision.transforms import v2
     except ImportError as error:
@@ -103,6 +119,7 @@ def evaluation_transform(
             v2.Lambda(_rgb),
             v2.Resize(val_resize),
             v2.CenterCrop(val_size),
+            v2.Grayscale() if len(mean) == 1 else v2.Identity(),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(list(mean), list(std)),

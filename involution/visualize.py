@@ -120,12 +120,13 @@ def heat_map_picture(
     Blue is a map's lowest value, red its highest.
 
     Args:
-        images: (B, 3, S, T), normalised with `mean` and `std`, in units of [0, 1].
+        images: (B, 3, S, T), or gray ones (B, 1, S, T), normalised with `mean` and `std`, in units of [0, 1].
         maps: (B, G, Ho, Wo), of which the first `groups` are shown.
     """
     shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     maps = F.interpolate(scaled(maps[:, :groups]), images.shape[-2:], mode="bilinear", align_corners=False)
     colours = (1.5 - (4 * maps[:, :, None] - maps.new_tensor([3, 2, 1])[:, None, None]).abs()).clamp(0, 1)
-    rows = torch.cat([(images * scale + shift).clamp(0, 1)[:, None], colours.to(images.dtype)], 1)
+    shown = (images * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1)
+    rows = torch.cat([shown[:, None], colours.to(images.dtype)], 1)
     framed = F.pad(rows, (0, 1, 0, 1), value=1.0)  # (B, 1 + groups, 3, S + 1, T + 1)
     return framed.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[:, :-1, :-1]

@@ -8,8 +8,9 @@ from hydra import compose, initialize_config_dir
 from programs import ROOT, in_process, python, torchrun
 
 from involution import create_model
-from involution.engine.config import EvalConfig, TrainConfig, check_batches, validate
+from involution.engine.config import EvalConfig, TrainConfig, validate
 from involution.engine.errors import UserError
+from involution.engine.options import fit_batch_size
 
 CONF = ROOT / "conf"
 OPTIONS = [
@@ -27,7 +28,7 @@ def config(*overrides: str, program: str = "train"):
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
 def test_every_option_composes(option):
-    found = config(option)
+    found = config(option, "checkpoint=WEIGHTS")
     with torch.device("meta"):
         create_model(**found.model | {"num_classes": 10})
 
@@ -37,7 +38,7 @@ def test_the_default_is_the_paper():
     assert found.model == {
         "name": "rednet50", "num_classes": None, "kernel_size": 7, "group_channels": 16, "reduction_ratio": 4,
         "kernel_generation": "bottleneck", "stem": "involution", "stem_kernel_size": 3,
-        "zero_init_residual": True,
+        "zero_init_residual": True, "in_chans": 3,
     }  # fmt: skip
     assert found.train.epochs == 130
     assert found.train.global_batch_size == 64 * found.train.batch_size == 64 * 32
@@ -89,12 +90,25 @@ def test_impossible_values(override, message):
 
 
 def test_batches_that_do_not_divide_list_ones_that_do():
-    check_batches(2048, 32, 64)
-    check_batches(2048, 32, 1)
+    for ranks in (1, 64):
+        assert fit_batch_size(2048, 32, ranks) == fit_batch_size(2048, 32, ranks, fixed=False) == 32
     with pytest.raises(UserError, match=r"train\.batch_size=48 on 8.*32, 64.*1920, 2304"):
-        check_batches(2048, 48, 8)
+        fit_batch_size(2048, 48, 8)
     with pytest.raises(UserError, match="Global batch sizes that fit: 96, 192"):
-        check_batches(100, 32, 3)
+        fit_batch_size(100, 32, 3, fixed=False)
+    assert fit_batch_size(100, 32, 2, fixed=False) == 25
+    with pytest.raises(UserError, match="Batch sizes that fit: 1, 37"):  # not one image at a time, unasked
+        fit_batch_size(74, 32, 2, fixed=False)
+    assert fit_batch_size(8, 2, 8, fixed=False) == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("recipe", [option for option in OPTIONS if option.startswith("recipe=")])
+def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe, ranks):
+    o = config(recipe, "checkpoint=WEIGHTS").train
+    size = fit_batch_size(o.global_batch_size, o.batch_size, ranks, fixed=False)
+    assert o.global_batch_size % (size * ranks) == 0
+    assert size == min(o.batch_size, o.global_batch_size // ranks)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,25 @@ def test_batches_that_do_not_divide_list_ones_that_do():
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["device=cuda"], "device=cpu"),
         (["train.sync_batchnorm=true", "device=cpu"], "sync_batchnorm"),
+        (["recipe=demo", "data.mean=[0.5]"], "data.mean has 1 values, but the model takes 3 channels"),
+        (["recipe=demo", "data.std=[1,1,1,1]"], "for example data.std=[1.0,1.0,1.0]"),
+        (["recipe=demo", "data.std=[0.5,0,0.5]"], "should be greater than 0"),
+        (["recipe=demo", "model.in_chans=1"], "for example data.mean=[0.5]"),
+        (["recipe=demo", "model.in_chans=4"], "model.in_chans=4 should be 3, or 1 for gray pictures"),
+        (["recipe=finetune", "data.root=photos"], "checkpoint is not set; give it as checkpoint=PATH"),
+        (["recipe=demo", "name="], "name is not set"),
+        (["recipe=demo", "optimizer.lr=1=2"], "optimizer.lr=1=2: a value with = needs quotes of its own"),
+        (["recipe=demo", "optimizer.lr=é"], "a value with é needs quotes of its own, inside the shell's, for letters"),
+        (["recipe=demo", "data.root=/my", "photos"], "put both in quotes: 'data.root=/my photos'"),
+        (["recipe=demo", "output_root=/dev/null/runs"], "cannot write to /dev/null/runs"),
+        (["recipe=demo", "output_root={tmp}", "name=taken"], "taken: File exists; set output_root to a folder"),
+        (["recipe=demo", f"name={'n' * 300}"], "File name too long"),
+        (
+            ["recipe=demo", "data.loader=torch", "data.workers=0", "train.batch_size=1", "train.global_batch_size=2"],
+            "train.batch_size=1 leaves it one pixel of one image",
+        ),
+        (["train.epochs", "=", "3"], "no blanks around the =, please: train.epochs=VALUE"),
+        (["seed=0,"], "nothing after the last comma"),
     ],
 )
 def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, arguments, message):
@@ -118,6 +151,8 @@ def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, argument
         arguments = [*arguments, "recipe=demo"]
     if arguments[0] == "device=cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    (tmp_path / "taken").touch()
+    arguments = [argument.replace("{tmp}", str(tmp_path)) for argument in arguments]
     finished = in_process("train.py", f"output_root={tmp_path}/runs", *arguments)
     assert finished.status == 2
     assert message in finished.stderr

@@ -119,11 +119,12 @@ def test_a_classifier_is_kept_for_the_same_classes_and_new_for_others(tuned, ima
             ["model=resnet26", "checkpoint={weights}"],
             ["unexpected: ", "It was trained with model=rednet26 model.stem=involution"],
         ),
+        ([], ["checkpoint is not set; give it as checkpoint=PATH"]),
         (["checkpoint=nowhere.pth"], ["there is no file nowhere.pth"]),
         (["checkpoint=README.md"], ["README.md cannot be read as weights: torch.save did not write it"]),
         (["checkpoint={weights}", "train.freeze=5"], ["train.freeze=5", "from 0 to 4"]),
         (["checkpoint={weights}", "train.freeze=[layer9]"], ["did you mean 'layer"]),
-        (["train.freeze=[stem,layer1,layer2,layer3,layer4,fc]"], ["leaves nothing to train"]),
+        (["checkpoint={weights}", "train.freeze=[stem,layer1,layer2,layer3,layer4,fc]"], ["leaves nothing to train"]),
     ],
 )
 def test_what_cannot_start_says_why(images, weights, tmp_path, arguments, messages):

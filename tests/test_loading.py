@@ -171,8 +171,8 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
         (['images="{photos}"', "output=/nowhere/p.csv"], "there is no folder /nowhere"),
         (['images="{photos}"', "contact_sheet=p.jpg"], "contact_sheet is p.jpg; it should end with .png or .pdf"),
         (['images="{photos}"', "contact_sheet={run}/p.png", "layer=conv9_9"], "there is no involution layer conv9_9"),
-        (["images=my photo (1).jpg"], "needs quotes of its own"),
-        (["images=~/photo.jpg"], "images=~/photo.jpg: write $HOME instead of ~"),
+        (["images=my photo (1) = ö.jpg"], "there is no file or folder my photo (1) = ö.jpg"),
+        (["images=~/no photo.jpg"], f"there is no file or folder {Path.home()}/no photo.jpg"),
     ],
 )
 def test_pictures_that_cannot_be_read(run, photos, arguments, message):

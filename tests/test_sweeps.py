@@ -12,10 +12,12 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
+from omegaconf import OmegaConf
 from programs import ROOT, Finished, finish, in_process, python, start
 from reliability import kill, saved_step, wait_until
 
 from involution import create_model
+from involution.engine.arguments import keep_text
 from involution.engine.errors import UserError
 from involution.engine.sweep import Job, folder_name, plan
 
@@ -34,8 +36,8 @@ def planned(root: Path, *arguments: str, ranks: int = 1) -> tuple[Path, list[Job
         loader = GlobalHydra.instance().config_loader()
         context = HydraContext(loader, Callbacks())
         sweeper = Plugins.instance().instantiate_sweeper(config=config, hydra_context=context, task_function=print)
-        batch, swept = sweeper._combinations(overrides)
-        return plan(batch, lambda job: loader.load_sweep_config(config, job), root / str(config.name), swept, ranks)
+        batch, varied = sweeper._combinations(overrides)
+        return plan(batch, lambda job: loader.load_sweep_config(config, job), root / str(config.name), varied, ranks)
 
 
 def result(finished: Finished) -> dict:
@@ -99,9 +101,35 @@ def test_folders(tmp_path):
     assert long != folder_name("x" * 301)
 
 
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("data.root", ("/a", "/b")), ("data.loader", ("torch", "dali")), ("data.workers", ("0", "1")),
+        ("device", ("cpu", "cuda")), ("logging", ("tensorboard", "wandb")), ("train.resume", ("auto", "never")),
+        ("name", ("2024_01_02", "2024_0102")), ("name", ("1e3", "1000.0")), ("checkpoint", ("null", "runs/s/seed=0")),
+    ],
+)  # fmt: skip
+def test_every_key_that_varies_gives_folders_of_their_own(tmp_path, key, values):
+    _, *arguments = keep_text(["-m", f"{key}={','.join(values)}"])
+    sweep_dir, jobs = planned(tmp_path, *arguments)
+    assert sweep_dir.parent == tmp_path
+    assert [job.folder.name for job in jobs] == [folder_name(f"{key}={value}") for value in values]
+    found = [OmegaConf.select(OmegaConf.create(job.config), key) for job in jobs]
+    assert list(map(str, found)) == [value.replace("null", "None") for value in values]
+    assert not any(key in job.immaterial for job in jobs)
+
+
+@pytest.mark.parametrize("key", ["output_root=a,b", "ablation=stem,kernel_size", "hydra.job.name=a,b"])
+def test_keys_that_a_sweep_has_one_of(tmp_path, key):
+    with pytest.raises(UserError, match=rf"{key.partition('=')[0]} cannot vary within a sweep"):
+        planned(tmp_path, key, "seed=0")
+
+
 def test_batches_must_divide_among_the_ranks_of_each_job(tmp_path):
     with pytest.raises(UserError, match=r"train\.global_batch_size=32 cannot be made"):
-        planned(tmp_path, "recipe=demo", "seed=0,1", ranks=2)
+        planned(tmp_path, "recipe=demo", "seed=0,1", "train.batch_size=32", ranks=2)
+    _, jobs = planned(tmp_path, "recipe=demo", "seed=0,1", ranks=2)
+    assert [job.config["train"]["batch_size"] for job in jobs] == [16, 16]
 
 
 @pytest.mark.slow
@@ -161,6 +189,7 @@ def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
         (["-m", "recipe=demo", "train.precision=fp32,fp8"], "fp32, bf16, fp16"),
         (["-m", "recipe=demo", "hydra/launcher=slurm", "seed=0,1"], "needs SLURM's sbatch"),
         (["-m", "recipe=demo", "hydra/launcher=slrm", "seed=0,1"], "did you mean slurm?"),
+        (["-m", "recipe=demo", "output_root=/dev/null/runs,/b", "seed=0,1"], "output_root cannot vary within a sweep"),
     ],
 )
 def test_wrong_input_ends_before_the_first_job(tmp_path, monkeypatch, arguments, message):

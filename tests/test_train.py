@@ -25,11 +25,11 @@ def evaluate(*arguments: str, ranks: int = 1) -> dict:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
-    """A short run: 4 steps over the digits, with the torch loader."""
+    """A short run: 4 steps over the digits, with the torch loader. Its name looks like a number, and stays a name."""
     root = tmp_path_factory.mktemp("runs")
-    finished = train(root, "name=short", "data.loader=torch")
+    finished = train(root, "name=2024_01_02", "data.loader=torch")
     assert finished.status == 0, finished.stderr
-    folder = root / "short"
+    folder = root / "2024_01_02"
     assert finished.result == json.loads((folder / "summary.json").read_text())
     assert set(finished.result) == {"run_dir", "epochs", "steps", "val_top1", "val_top5", "best_top1"}
     assert finished.result["run_dir"] == str(folder)
@@ -64,7 +64,7 @@ def test_tensorboard_has_the_scalars_and_the_configuration(run):
 
 def test_starting_a_finished_run_again_trains_nothing(run):
     before = (run / "metrics.jsonl").read_text()
-    finished = train(run.parent, "name=short", "data.loader=torch")
+    finished = train(run.parent, "name=2024_01_02", "data.loader=torch")
     assert finished.status == 0, finished.stderr
     assert finished.result["steps"] == 4
     assert (run / "metrics.jsonl").read_text() == before
@@ -82,8 +82,11 @@ def test_evaluation_is_the_same_for_any_number_of_ranks_and_either_loader(run, r
     assert result["loss"] == pytest.approx(recorded["val_loss"], rel=1e-2 if loader == "dali" else 1e-4)
 
 
-def test_eval_takes_a_run_folder_and_its_best_checkpoint(run):
-    assert evaluate(f"checkpoint={run}", "data.loader=torch")["n"] == 355
+def test_eval_takes_a_run_folder_and_its_best_checkpoint(run, tmp_path):
+    """Named as sweeps name theirs, and typed without quotes."""
+    folder = tmp_path / "model.kernel_size=3,seed=0"
+    folder.symlink_to(run)
+    assert evaluate(f"checkpoint={folder}", "data.loader=torch")["n"] == 355
 
 
 def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
@@ -117,11 +120,14 @@ def test_wrong_input_to_eval(run, arguments, message):
     assert "Traceback" not in finished.stderr
 
 
-def test_two_ranks_train_one_model_and_write_one_run(tmp_path):
-    finished = train(tmp_path, "name=two", "train.batch_size=8", "train.global_batch_size=32", ranks=2)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_share_the_recipes_batch_train_one_model_and_write_one_run(tmp_path, ranks):
+    finished = train(tmp_path, "name=all", "train.max_steps=1", "data.loader=torch", "data.workers=0", ranks=ranks)
     assert finished.status == 0, finished.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["two"]
-    assert len((tmp_path / "two" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]
+    assert len((tmp_path / "all" / "metrics.jsonl").read_text().splitlines()) == 1
+    assert yaml.safe_load((tmp_path / "all" / "config.yaml").read_text())["train"]["batch_size"] == 32 // ranks
+    assert f"train.batch_size={32 // ranks}, not 32, so that" in (tmp_path / "all" / "train.log").read_text()
     assert len([line for line in finished.stdout.splitlines() if line.startswith("{")]) == 1
 
 

@@ -18,17 +18,19 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
-from involution.engine import signals
+from involution.engine import arguments, signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
 
 log = logging.getLogger("involution")
+UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+OTHER_FOLDER = "set output_root to a folder you can write to"
 
 
 class _Leave(BaseException):
@@ -86,9 +88,14 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     try:
         try:
             _refuse_sweep_on_every_rank()
+            sys.argv[1:] = arguments.keep_text(sys.argv[1:])
             main()
         except _Leave as carrier:
             raise carrier.error from None
+        except OSError as error:  # from Hydra, which makes the folders of runs and sweeps
+            if error.filename is None or _disk_is_full(error):
+                raise
+            raise UserError(f"cannot write to {error.filename}: {error.strerror}; {OTHER_FOLDER}") from error
         status = 0
     except HydraException as error:
         status, message = EXIT_USAGE, _explain(error, config_dir, config_name)
@@ -110,6 +117,8 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return EXIT_ERROR, str(error)
     if _disk_is_full(error):
         return EXIT_ERROR, f"{error}: make room and run again"
+    if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
+        return EXIT_USAGE, f"{error.filename}: {error.strerror}"
     return EXIT_ERROR, "".join(traceback.format_exception(error))
 
 
@@ -167,14 +176,8 @@ def _refuse_sweep_on_every_rank() -> None:
 def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     """Hydra's message, with the nearest valid key or group option."""
     text = str(error).strip()
-    if "override_grammar" in text:
-        first = text.splitlines()[0].removeprefix("LexerNoViableAltException: ")
-        if "=~" in first:
-            return f"{first}: write $HOME instead of ~, which shells leave as it is here"
-        return (
-            f"{first}. A value with blanks, brackets or commas needs quotes of its own, inside "
-            "the shell's: 'images=\"my photo (1).jpg\"'"
-        )
+    if isinstance(error, OverrideParseException):
+        return arguments.explain(error.override, sys.argv[1:])
     if key := re.search(r"Could not override '([^']+)'", text):
         return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
     if option := re.search(

@@ -5,6 +5,7 @@ read or a GPU touched.
 """
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,6 +118,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "batch_size": (1, None),
     "seed": (0, 2**32 - 1),
 }
+LATER = {"model.in_chans": 3}  # what keys mean that earlier configurations lack
 
 
 def validate(config: DictConfig, schema: type) -> Any:
@@ -143,6 +145,11 @@ def validate(config: DictConfig, schema: type) -> Any:
             )
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
+    for key in ("name", "checkpoint"):  # recipe=finetune has no weights of its own to start from
+        if OmegaConf.select(typed, key) == "":
+            raise UserError(f"{key} is not set; give it as {key}={'PATH' if key == 'checkpoint' else 'NAME'}")
+    if schema is TrainConfig:
+        check_channels(typed.model.get("in_chans", 3), typed.data.mean, typed.data.std)
     return OmegaConf.to_object(typed)
 
 
@@ -160,6 +167,28 @@ def _structured(schema: type, config: DictConfig) -> DictConfig:
     return OmegaConf.structured(TrainConfig(data=task.DATA(), augmentation=task.AUGMENTATION()))
 
 
+def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Check how pictures are normalised for a model that takes so many channels.
+
+    Raises:
+        UserError: with the values that would fit.
+    """
+    if channels not in (1, 3):
+        raise UserError(
+            f"model.in_chans={channels} should be 3, or 1 for gray pictures: image files have no other number "
+            "of channels (create_model takes any, for loaders of your own)"
+        )
+    for key, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            fitting = [round(sum(values) / max(len(values), 1), 3)] * channels
+            raise UserError(
+                f"data.{key} has {len(values)} values, but the model takes {channels} channels (model.in_chans): give "
+                f"as many, for example data.{key}={str(fitting).replace(' ', '')}"
+            )
+    if not all(value > 0 for value in std):
+        raise UserError(f"data.std={list(std)} should be greater than 0: pictures are divided by it")
+
+
 def _check_range(key: str, value: Any, low: float, high: float | None) -> None:
     if value is None:
         return
@@ -169,27 +198,9 @@ def _check_range(key: str, value: Any, low: float, high: float | None) -> None:
         raise UserError(f"{key}={value} should be {f'at least {low}' if high is None else f'between {low} and {high}'}")
 
 
-def check_batches(global_batch_size: int, batch_size: int, ranks: int) -> None:
-    """Refuse a global batch that cannot be made of whole micro-batches on every rank.
-
-    Raises:
-        UserError: listing combinations that work.
-    """
-    if global_batch_size % (batch_size * ranks) == 0:
-        return
-    a_rank = global_batch_size // ranks
-    sizes = [size for size in range(1, a_rank + 1) if a_rank % size == 0] if global_batch_size % ranks == 0 else []
-    near = sorted(sorted(sizes, key=lambda size: abs(size - batch_size))[:6])
-    chunk = batch_size * ranks
-    totals = [
-        total for total in (global_batch_size // chunk * chunk, (global_batch_size // chunk + 1) * chunk) if total
-    ]
-    raise UserError(
-        f"train.global_batch_size={global_batch_size} cannot be made of train.batch_size={batch_size} "
-        f"on {ranks} process(es). "
-        + (f"Batch sizes that fit: {', '.join(map(str, near))}. " if near else "")
-        + f"Global batch sizes that fit: {', '.join(map(str, totals))}"
-    )
+def given(overrides: Iterable[str]) -> set[str]:
+    """The keys that a command line sets."""
+    return {override.partition("=")[0].lstrip("+") for override in overrides}
 
 
 def nearest(name: str, known: Any) -> list[str]:
@@ -205,7 +216,7 @@ def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
     """Keys whose values differ between two configurations, as {key: (saved, now)}."""
     found: dict[str, tuple[Any, Any]] = {}
     for key in saved.keys() | now.keys():
-        a, b = saved.get(key), now.get(key)
+        a, b = (values.get(key, LATER.get(prefix + key)) for values in (saved, now))
         if isinstance(a, dict) and isinstance(b, dict):
             found |= differences(a, b, f"{prefix}{key}.")
         elif a != b:

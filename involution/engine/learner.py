@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class Learner:
         totals = torch.zeros(1 + len(self.task.parts), device=self.world.device)
         for i, batch in enumerate(batches, 1):
             with nullcontext() if i == count or self.ddp is None else self.ddp.no_sync():
-                with autocast(self.world.device, self.options.precision):
+                with autocast(self.world.device, self.options.precision), self._enough_for_batchnorm():
                     loss, parts = self._loss(batch)
                 # ranks average gradients of what is here a sum, hence / samples; the seed is 1, but NaN where the loss
                 # is not finite, so that every rank finds the step bad from the gradients alone
@@ -89,6 +89,18 @@ class Learner:
             return loss, loss.detach()[None]
         parts = torch.stack([loss[name].float() for name in self.task.parts])
         return parts.sum(), torch.cat([parts.detach().sum()[None], parts.detach()])
+
+    @contextmanager
+    def _enough_for_batchnorm(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a ValueError, which torch.compile wraps into others
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"BatchNorm learns nothing from a single value: train.batch_size={self.options.batch_size} leaves "
+                "it one pixel of one image. Take more images at a time, or larger ones (data.train_size)"
+            ) from error
 
     def _update(self) -> Tensor:
         """Apply the gradients unless they are not finite, found and obeyed on the device; returns whether."""

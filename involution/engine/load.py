@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 
 from involution.engine.build import to_device
-from involution.engine.config import EvalConfig
+from involution.engine.config import EvalConfig, check_channels, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.tasks import Evaluation, Setup, check_data
-from involution.loading import Opened, open_checkpoint
+from involution.loading import Opened, input_channels, open_checkpoint
 
 
 class Prepared(NamedTuple):
@@ -37,6 +37,7 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
     opened = open_checkpoint(config.checkpoint)
     setup = check_data(opened.name, config.data["name"])
     d = _data(opened, setup, config, overrides)
+    check_channels(input_channels(opened.model), d.mean, d.std)
     _, val = setup.open_dataset(d)
     _check_classes(opened, val.class_names, config.checkpoint)
     loader = setup.eval_loader(val, d, config.batch_size, world)
@@ -67,11 +68,6 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
         return dataclasses.replace(trained, **chosen)
     except TypeError as error:
         raise UserError(f"{config.checkpoint} is of another task than these values of data: {error}") from error
-
-
-def given(overrides: list[str]) -> set[str]:
-    """The keys that a command line sets."""
-    return {override.partition("=")[0].lstrip("+") for override in overrides}
 
 
 def _check_classes(opened: Opened, names: Sequence[str], checkpoint: str) -> None:

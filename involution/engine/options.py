@@ -55,3 +55,33 @@ class TrainOptions:
         if self.evaluate_every_steps is not None:
             changed["evaluate_every_epochs"] = math.ceil(self.evaluate_every_steps / steps_per_epoch)
         return dataclasses.replace(self, **changed)
+
+
+def fit_batch_size(global_batch_size: int, batch_size: int, ranks: int, fixed: bool = True) -> int:
+    """The size of the micro-batches of which every rank makes its part of a global batch.
+
+    Args:
+        batch_size: as configured; where that does not divide a rank's part, the largest below it that does is taken.
+        fixed: the user chose it, so it stays.
+
+    Raises:
+        UserError: there is no way, or none but single images; the message lists combinations that work.
+    """
+    a_rank = global_batch_size // ranks if global_batch_size % ranks == 0 else 0
+    sizes = [size for size in range(1, a_rank + 1) if a_rank % size == 0]
+    if batch_size in sizes:
+        return batch_size
+    smaller = [size for size in sizes if size < batch_size and (size > 1 or a_rank == 1)]
+    if smaller and not fixed:
+        return smaller[-1]
+    near = sorted(sorted(sizes, key=lambda size: abs(size - batch_size))[:6])
+    chunk = batch_size * ranks
+    totals = [
+        total for total in (global_batch_size // chunk * chunk, (global_batch_size // chunk + 1) * chunk) if total
+    ]
+    raise UserError(
+        f"train.global_batch_size={global_batch_size} cannot be made of train.batch_size={batch_size} "
+        f"on {ranks} process(es). "
+        + (f"Batch sizes that fit: {', '.join(map(str, near))}. " if near else "")
+        + f"Global batch sizes that fit: {', '.join(map(str, totals))}"
+    )

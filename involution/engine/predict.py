@@ -10,11 +10,10 @@ from typing import Any
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data.folder import EXTENSIONS
-from involution.engine.config import EvalConfig
+from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
-from involution.engine.load import given
 from involution.engine.tasks import Predictor, task_of
 from involution.loading import open_checkpoint
 

@@ -22,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from involution.engine.arguments import parse
 from involution.engine.cli import print_result
 from involution.engine.errors import UserError
 
@@ -109,7 +110,9 @@ class SubmititLauncher(Launcher):
 
 def _folder(overrides: Sequence[str]) -> Path:
     (place,) = (override for override in overrides if override.startswith("hydra.run.dir="))
-    return Path(place.partition("=")[2][1:-1].replace("\\'", "'").replace("\\\\", "\\"))
+    parsed = parse(place)
+    assert parsed is not None
+    return Path(str(parsed.value()))
 
 
 @contextmanager

@@ -3,17 +3,21 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.types import QuotedString
 from omegaconf import DictConfig, open_dict
 
+from involution.engine.arguments import parse, quote
 from involution.engine.build import check_model
 from involution.engine.cli import user_input
-from involution.engine.config import TrainConfig, check_batches, differences, validate
+from involution.engine.config import TrainConfig, differences, given, validate
+from involution.engine.errors import UserError
+from involution.engine.options import fit_batch_size
 
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 
@@ -53,7 +57,11 @@ class Job:
 
 
 def plan(
-    batch: Sequence[Sequence[str]], load: Callable[[list[str]], DictConfig], sweep_dir: Path, swept: str, ranks: int
+    batch: Sequence[Sequence[str]],
+    load: Callable[[list[str]], DictConfig],
+    sweep_dir: Path,
+    varied: Collection[str],
+    ranks: int,
 ) -> tuple[Path, list[Job]]:
     """Compose and check all jobs before the first begins.
 
@@ -61,7 +69,7 @@ def plan(
         batch: every job's overrides.
         load: composes a job's configuration, with its hydra node.
         sweep_dir: parent of the jobs' folders, where the jobs' own names do not tell them apart.
-        swept: the keys that vary, to name the parent otherwise.
+        varied: the keys that vary: they name the jobs' folders, and the parent otherwise.
         ranks: of each job.
 
     Returns:
@@ -70,27 +78,48 @@ def plan(
     Raises:
         UserError, HydraException: naming the key that is wrong.
     """
+    for key in sorted(varied):
+        if key in ("output_root", "ablation") or key.startswith("hydra"):
+            raise UserError(f"{key} cannot vary within a sweep: start a sweep for each of its values")
     composed: dict[str, tuple[list[str], DictConfig]] = {}
     for overrides in batch:
         kept = [override for override in overrides if not override.startswith("ablation=")]
         config = load(kept)
-        composed.setdefault(folder_name(config.hydra.job.override_dirname), (kept, config))
+        unnamed = set(config.hydra.job.config.override_dirname.exclude_keys) - set(varied)
+        composed[folder_name(_label(kept, unnamed))] = (kept, config)
     if len({str(config.name) for _, config in composed.values()}) > 1:
-        sweep_dir = sweep_dir.parent / f"sweep-{swept}"
-    return sweep_dir, [_job(kept, config, sweep_dir / name, ranks) for name, (kept, config) in composed.items()]
+        sweep_dir = sweep_dir.parent / f"sweep-{'-'.join(sorted(varied))}"
+    return sweep_dir, [_job(kept, config, sweep_dir / name, varied, ranks) for name, (kept, config) in composed.items()]
 
 
-def _job(overrides: list[str], config: DictConfig, folder: Path, ranks: int) -> Job:
-    immaterial = frozenset(config.hydra.job.config.override_dirname.exclude_keys)
+def _label(overrides: list[str], unnamed: Collection[str]) -> str:
+    """A job's overrides in a line, text without quotes, but for those of keys that name no folder."""
+    parsed = [each for each in map(parse, overrides) if each is not None and not each.is_hydra_override()]
+    named = [each for each in parsed if each.key_or_group not in unnamed]
+    return ",".join(
+        sorted(
+            f"{each.get_key_element()}={each._value.text}"
+            if isinstance(each._value, QuotedString)
+            else str(each.input_line)
+            for each in named
+        )
+    )
+
+
+def _job(overrides: list[str], config: DictConfig, folder: Path, varied: Collection[str], ranks: int) -> Job:
+    immaterial = set(config.hydra.job.config.override_dirname.exclude_keys) - set(varied)
     with open_dict(config):
         del config["hydra"]
     checked: TrainConfig = validate(config, TrainConfig)
-    check_batches(checked.train.global_batch_size, checked.train.batch_size, ranks)
+    o, fixed = checked.train, "train.batch_size" in given(overrides)
+    o.batch_size = fit_batch_size(o.global_batch_size, o.batch_size, ranks, fixed)  # as the job itself will do
+    immaterial |= set() if fixed else {"train.batch_size"}
+    immaterial -= {"data.root"} if checked.data.name == "folder" else set()  # there it is the data set
     with user_input():
         check_model(checked.model)
     places = {"hydra.sweep.dir": folder.parent, "hydra.sweep.subdir": folder.name, "hydra.run.dir": folder}
-    settings = [f"{key}={_quoted(str(place))}" for key, place in places.items()]
-    return Job([*overrides, *settings], folder, asdict(checked), immaterial)
+    settings = [f"{key}={quote(str(place))}" for key, place in places.items()]
+    return Job([*overrides, *settings], folder, asdict(checked), frozenset(immaterial))
 
 
 def folder_name(overrides: str) -> str:
@@ -103,8 +132,3 @@ def folder_name(overrides: str) -> str:
     return (
         f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
     )
-
-
-def _quoted(text: str) -> str:
-    """A string in the grammar of Hydra's overrides."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -157,7 +157,7 @@ def _loading(d: DataConfig, world: World) -> dict[str, Any]:
 
 
 def input_shape(d: DataConfig) -> tuple[int, int, int]:
-    return 3, d.val_size, d.val_size
+    return len(d.mean), d.val_size, d.val_size
 
 
 def gallery(split: ImageList, d: DataConfig) -> HeatMaps:
