@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from data.decode import BadImageError, decode, plain_size
+from data.decode import BadImageError, decode
 from data.loader import Loaded, Settings, arrange
+from data.plain import plain_size
 from data.sampling import MicroBatch
 from data.transforms import cut
 
@@ -98,11 +99,12 @@ class DaliBackend:
         images, transform = self.settings.images, self.settings.transform
         try:
             data = images.read(index)
-            shape = None if pillow else plain_size(data)
+            shape = None if pillow else plain_size(data, self.settings.max_pixels)
             if shape is not None and (not self.resize or transform.same_in_dali(*shape)):
                 region = transform.region(draw, *shape)
                 return _Row(np.frombuffer(data, np.uint8), *region, transform.mirror(draw), draw)
-            return _ready(transform.finish(cut(decode(data, images.paths[index]), transform, draw), draw, size))
+            picture = decode(data, images.paths[index], self.settings.max_pixels)
+            return _ready(transform.finish(cut(picture, transform, draw), draw, size))
         except BadImageError as error:
             return error
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data import sampling
-from data.decode import BadImageError
+from data.decode import MAX_PIXELS, BadImageError
 from data.image_list import ImageList
 from data.sampling import MicroBatch, Plan
 from data.transforms import Transform, normalise
@@ -61,6 +61,7 @@ class Settings:
     device: torch.device
     workers: int
     decoder: str = "cpu"
+    max_pixels: int = MAX_PIXELS
 
 
 class Backend(Protocol):

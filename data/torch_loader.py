@@ -40,7 +40,7 @@ class Pictures(Dataset[Loaded]):
     def _row(self, index: int, draw: list[float], size: int) -> torch.Tensor | BadImageError:
         images, transform = self.settings.images, self.settings.transform
         try:
-            picture = decode(images.read(index), images.paths[index])
+            picture = decode(images.read(index), images.paths[index], self.settings.max_pixels)
         except BadImageError as error:
             return error  # not raised here: a DataLoader would wrap the message in a traceback of its worker
         return transform.finish(cut(picture, transform, draw), draw, size)

@@ -106,7 +106,7 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
     ("arguments", "message"),
     [
         (["checkpoint=nowhere.pt"], "there is no file nowhere.pt"),
-        (["checkpoint=README.md"], "README.md cannot be read as a checkpoint"),
+        (["checkpoint=README.md"], "README.md cannot be read as weights"),
         ([], "checkpoint"),
         (["checkpoint={run}", "data=folder", "data.root={run}"], "train"),
         (["checkpoint={run}", "data=folder"], "set data.root"),

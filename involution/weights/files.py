@@ -113,7 +113,7 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[full]
 
 
-def load(path: Path) -> tuple[Any, dict[str, str]]:
+def load(path: Path, what: str = "weights") -> tuple[Any, dict[str, str]]:
     """What lies in a file, on the CPU, and the notes of a safetensors file (else {}).
 
     Raises:
@@ -124,9 +124,9 @@ def load(path: Path) -> tuple[Any, dict[str, str]]:
     try:
         with open(path, "rb") as file:
             beginning = file.read(64)
-        for other, what in _OTHERS.items():
+        for other, told in _OTHERS.items():
             if beginning.startswith(other):
-                raise ValueError(what)
+                raise ValueError(told)
         if path.suffix == ".safetensors" or (beginning[8:9] == b"{" and not beginning.startswith(b"\x80")):
             return _load_safetensors(path)
         if beginning.startswith(b"\x80") and _LEGACY_TORCH not in beginning:
@@ -136,7 +136,7 @@ def load(path: Path) -> tuple[Any, dict[str, str]]:
     except ImportError as error:
         raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # torch.load, pickle and safetensors raise a dozen types for damaged files
-        raise ValueError(f"{path} cannot be read as weights: {why_unreadable(error)}") from error
+        raise ValueError(f"{path} cannot be read as {what}: {why_unreadable(error)}") from error
 
 
 def _load_safetensors(path: Path) -> tuple[Any, dict[str, str]]:

@@ -82,7 +82,7 @@ def read(path: Path) -> State:
     if not path.is_file():
         raise ValueError(f"there is no checkpoint {path}")
     try:
-        contents, _ = files.load(path)
+        contents, _ = files.load(path, "a checkpoint")
     except ValueError as error:
         raise DamagedCheckpoint(str(error)) from error
     if not is_ours(contents):
