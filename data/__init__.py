@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from data.datasets import DataSplits, open_dataset
-from data.decode import BadImageError
+from data.decode import MAX_PIXELS, BadImageError
 from data.image_list import ImageList
 from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
 from data.sampling import Plan, eval_batches
@@ -49,6 +49,7 @@ def train_loader(
     device: torch.device | str = "cpu",
     workers: int = 4,
     decoder: str = "cpu",
+    max_pixels: int = MAX_PIXELS,
     on_error: str = "stop",
 ) -> TrainLoader:
     """Endless training batches: random resized crop, horizontal flip, normalisation.
@@ -67,6 +68,7 @@ def train_loader(
         device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
         workers: worker processes (torch; 0 loads in this process) or threads (dali).
         decoder: dali only: "cpu", or "mixed" to decode on the GPU.
+        max_pixels: a larger picture counts as no image.
         on_error: at a file that is no image "stop" with BadImageError, or "skip" it and count it in `.skipped`.
 
     Raises:
@@ -81,7 +83,7 @@ def train_loader(
         raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
     transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip)
-    settings = _settings(images, transform, mean, std, dtype, device, workers, decoder)
+    settings = _settings(images, transform, mean, std, dtype, device, workers, decoder, max_pixels)
     return TrainLoader(_backend(loader, settings), settings, plan, seed, on_error)
 
 
@@ -100,6 +102,7 @@ def eval_loader(
     device: torch.device | str = "cpu",
     workers: int = 4,
     decoder: str = "cpu",
+    max_pixels: int = MAX_PIXELS,
     on_error: str = "stop",
 ) -> EvalLoader:
     """Evaluation batches: short side resized to `val_resize`, central crop of `val_size`, as torchvision does it.
@@ -113,19 +116,27 @@ def eval_loader(
         raise ValueError(f"val_size is {val_size} and val_resize {val_resize}; expected 0 < val_size <= val_resize")
     if batch_size < 1 or not 0 <= rank < world_size or not len(images):
         raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size} and {len(images)} images do not work")
-    settings = _settings(images, EvalTransform(val_resize, val_size), mean, std, dtype, device, workers, decoder)
+    settings = _settings(
+        images, EvalTransform(val_resize, val_size), mean, std, dtype, device, workers, decoder, max_pixels
+    )
     requests = eval_batches(len(images), batch_size, rank, world_size)
     return EvalLoader(_backend(loader, settings), settings, requests, on_error)
 
 
-def _settings(images, transform, mean, std, dtype, device, workers, decoder) -> Settings:  # type: ignore[no-untyped-def]
+def _settings(  # type: ignore[no-untyped-def]
+    images, transform, mean, std, dtype, device, workers, decoder, max_pixels
+) -> Settings:
     if decoder not in ("cpu", "mixed"):
         raise ValueError(f"decoder is {decoder!r}, expected 'cpu' or 'mixed'")
     if len(mean) != len(std) or len(mean) not in (1, 3):
         raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} should both have 3 values, or 1 for gray pictures")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
-    return Settings(images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder)
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels is {max_pixels}, expected 1 or more")
+    return Settings(
+        images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder, max_pixels
+    )
 
 
 def dali_installed() -> bool:

@@ -1,5 +1,7 @@
 """Data sets by name. Each is two lists of images in the end: folders of classes, or tar shards."""
 
+import dataclasses
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 from data.demo import demo_root, write_once
+from data.exclusion import Exclusions
 from data.flat import has_images, list_flat
 from data.folder import list_folder
 from data.image_list import ImageList
 from data.shards import has_shards, list_shards
 from involution.cache import writable_cache_dir
+
+log = logging.getLogger("involution.data")
 
 EXCLUDED = "excluded.txt"  # in the data set's folder; written by scripts/check_dataset.py
 
@@ -35,7 +40,7 @@ def open_dataset(
         exclude: file with images to leave out, a path relative to `root` a line; without it `root`/excluded.txt counts.
 
     Raises:
-        ValueError: the folder is missing or empty, or the classes of train and val differ.
+        ValueError: the folder is missing or empty, or val has classes that train lacks.
     """
     prepare: dict[str, Callable[[str | os.PathLike[str] | None], Path]] = {
         "demo": demo_root,
@@ -51,16 +56,23 @@ def open_dataset(
         raise ValueError(f"data folder {str(base)!r} does not exist; set data.root to the folder with train/ and val/")
     train = _list(base, "train")
     val = "test" if name == "cifar10" and not (base / "val").exists() else "val"
-    flat = name == "imagenet" and has_images(base / val)
-    splits = DataSplits(train, list_flat(base, train.class_names) if flat else _list(base, val))
-    _check_classes(splits, base)
-    excluded = _read_excluded(base / EXCLUDED if exclude is None else Path(exclude), required=exclude is not None)
-    return DataSplits(*(_without(images, excluded, base) for images in splits)) if excluded else splits
+    if name == "imagenet" and has_images(base / val):
+        splits = DataSplits(train, list_flat(base, train.class_names))
+    else:
+        splits = DataSplits(train, _numbered(_list(base, val, may_be_empty=True), train, base))
+    listed = base / EXCLUDED if exclude is None else Path(exclude)
+    if exclude is None and not listed.is_file():
+        return splits
+    exclusions = Exclusions(listed, base)
+    splits = DataSplits(*(exclusions.without(images) for images in splits))
+    exclusions.report()
+    return splits
 
 
-def _list(base: Path, split: str) -> ImageList:
+def _list(base: Path, split: str, may_be_empty: bool = False) -> ImageList:
+    """`may_be_empty`: classes without images are no error."""
     if (base / split).exists():
-        return list_folder(base / split)
+        return list_folder(base / split, may_be_empty)
     if has_shards(base, split):
         return list_shards(base, split)
     raise ValueError(f"data folder {str(base)!r} has no folder {split}; expected {base}/{split}/<class>/<image>.jpg")
@@ -115,40 +127,26 @@ def _downloaded(target: Path, write: Callable[[Path], None], name: str) -> Path:
         ) from error
 
 
-def _check_classes(splits: DataSplits, base: Path) -> None:
-    """Class numbers come from sorted names, so a missing folder would shift all that follow."""
-    train, val = set(splits.train.class_names), set(splits.val.class_names)
-    if train == val:
-        return
-    parts = [
-        f"{len(names)} only in {split}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for split, names in (("train", train - val), ("val", val - train))
-        if names
-    ]
-    raise ValueError(f"class folders of train and val below {str(base)!r} differ ({'; '.join(parts)}); make them equal")
+def _numbered(val: ImageList, train: ImageList, base: Path) -> ImageList:
+    """The validation images with the class numbers of training; it may lack classes, but have none of its own.
+
+    Raises:
+        ValueError: a class of validation is none of training.
+    """
+    used = [val.class_names[i] for i in np.unique(val.targets)]
+    number = {name: i for i, name in enumerate(train.class_names)}
+    unknown = [name for name in used if name not in number]
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} class(es) of val below {str(base)!r} are not in train: {_few(unknown)}. Classes are "
+            "numbered by train's folders: add theirs there, rename them as train's are, or take them out of val"
+        )
+    missing = [name for name in train.class_names if name not in used]
+    if missing:
+        log.warning("val has no images of %d of the %d classes: %s", len(missing), len(number), _few(missing))
+    numbers = np.array([number.get(name, -1) for name in val.class_names], np.int32)
+    return dataclasses.replace(val, targets=numbers[val.targets], class_names=train.class_names)
 
 
-def _read_excluded(path: Path, required: bool) -> set[bytes]:
-    """Paths of an exclusion list: one a line, then optionally a tab and the reason; # starts a comment."""
-    if not required and not path.is_file():
-        return set()
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ValueError(f"exclusion list {str(path)!r} cannot be read: {error.strerror}") from None
-    names = {line.split(b"\t")[0].strip() for line in lines if not line.startswith(b"#")} - {b""}
-    return {name.replace(b"\\n", b"\n") for name in names}
-
-
-def _without(images: ImageList, excluded: set[bytes], base: Path) -> ImageList:
-    inside = os.fsencode(os.path.relpath(images.paths.prefix, base)) + b"/"
-    here = {name[len(inside) :] for name in excluded if name.startswith(inside)}
-    keep = np.flatnonzero([images.paths.raw(i) not in here for i in range(len(images))]) if here else None
-    if keep is None or len(keep) == len(images):
-        return images
-    left = images.select(keep)
-    gone = np.setdiff1d(images.targets, left.targets)
-    if len(gone):
-        names = ", ".join(images.class_names[i] for i in gone[:5])
-        raise ValueError(f"the exclusion list of {str(base)!r} leaves no images of class {names}; repair or add some")
-    return left
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if names[5:] else "")

@@ -53,4 +53,4 @@ def check_pixels(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
     """
     if image.width * image.height > max_pixels:
         size = f"{image.width} x {image.height} pixels"
-        raise ValueError(f"it has {size}, more than data.max_pixels={max_pixels}; make it smaller or raise the limit")
+        raise ValueError(f"it has {size}, more than the limit of {max_pixels} (data.max_pixels)")

@@ -1,5 +1,6 @@
 """ImageNet's original validation folder: 50 000 files without class folders, and their classes in a file beside it."""
 
+import codecs
 import io
 import tarfile
 from pathlib import Path
@@ -57,7 +58,8 @@ def read_labels(base: Path, stems: list[str]) -> dict[str, str]:
     """
     for path in (base / "val.txt", base / "val" / "val.txt", base / "LOC_val_solution.csv"):
         if path.is_file():
-            rows = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
+            text = path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8", "surrogateescape")
+            rows = [line.replace(",", " ").split() for line in text.split("\n")]
             return {Path(row[0]).stem: row[1] for row in rows if len(row) > 1 and row[0] != "ImageId"}
     truth, meta = _devkit(base)
     if truth is None or meta is None:

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_list import ImageList, Names
+from data.image_list import NO_FILE, ImageList, Names
 from involution.cache import cache_dir
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")  # torchvision's
@@ -45,11 +46,11 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def list_folder(root: Path) -> ImageList:
+def list_folder(root: Path, may_be_empty: bool = False) -> ImageList:
     """All images under root/<class>/, from the cache when no folder has changed since it was written.
 
     Raises:
-        ValueError: the root or a class folder is missing, unreadable or has no images.
+        ValueError: the root or a class folder is missing, unreadable or has no images (`may_be_empty`: all have none).
     """
     root = Path(os.path.abspath(root))
     classes = class_folders(root)
@@ -58,12 +59,13 @@ def list_folder(root: Path) -> ImageList:
     if images is None:
         images = _scan(root, classes, cache)
     counts = np.bincount(images.targets, minlength=len(classes))
-    if not counts.all():
+    if not (counts.any() if may_be_empty else counts.all()):
         empty = [classes[i] for i in np.flatnonzero(counts == 0)]
         shown = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
         kinds = " ".join(extension.decode() for extension in EXTENSIONS)
         raise ValueError(
-            f"{len(empty)} class folder(s) of {str(root)!r} have no images ({kinds}): {shown}; fill or remove them"
+            f"{len(empty)} class folder(s) of {str(root)!r} have no images ({kinds}): {shown}; fill them, "
+            "or remove them here and in val"
         )
     return images
 
@@ -79,7 +81,7 @@ def _walk(folder: bytes, inside: bytes) -> tuple[list[bytes], list[tuple[bytes, 
             if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
                 names.append(inside + b"/" + entry.name)
                 with contextlib.suppress(OSError):  # a dangling link: named when it is loaded or scanned
-                    sizes += entry.stat().st_size
+                    sizes += _size(entry)
             elif entry.is_dir():
                 folders.append(entry.name)
     names.sort()
@@ -89,6 +91,13 @@ def _walk(folder: bytes, inside: bytes) -> tuple[list[bytes], list[tuple[bytes, 
         stamps += below[1]
         sizes += below[2]
     return names, stamps, sizes
+
+
+def _size(entry: os.DirEntry[bytes]) -> int:
+    status = entry.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{os.fsdecode(entry.path)!r} cannot be read as an image: {NO_FILE}; remove it")
+    return status.st_size
 
 
 def _class(base: bytes, name: bytes) -> tuple[Names, list[tuple[bytes, int]], int]:

@@ -2,12 +2,20 @@
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from data.decode import BadImageError
+
+NO_FILE = "it is a pipe, a socket or a device, no file"
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe that nobody writes to at once; files are read as ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 class Names(Sequence[str]):
@@ -81,7 +89,9 @@ class ImageList:
         """
         try:
             if not self.shards:
-                with open(self.paths[index], "rb", buffering=0) as file:
+                with open(self.paths[index], "rb", buffering=0, opener=_without_waiting) as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        raise BadImageError(self.paths[index], NO_FILE)
                     return file.read()
             shard, offset, size = (int(number) for number in self.spans[index])
             with open(self.shards[shard], "rb", buffering=0) as file:

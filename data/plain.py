@@ -1,7 +1,7 @@
-"""Which files a decoder may take without Pillow: whole and well-formed 8-bit JPEGs and PNGs, told from their structure.
+"""Which files a decoder may take without Pillow: whole and well-formed 8-bit JPEGs and PNGs, told from their parts.
 
-Decoders differ in what they forgive. Pillow is the reference, so whatever is unusual takes the way through Pillow, which
-decodes it or says what is wrong. Looking costs 20 to 60 us a file.
+Decoders differ in what they forgive. Pillow is the reference, so whatever is unusual goes through Pillow, which decodes
+it or says what is wrong. Looking costs 20 to 60 us a file.
 """
 
 import re

@@ -5,6 +5,7 @@ data/sampling.py; a sequential reader would have to settle for shuffling shards 
 million inodes, and the metadata requests that make network storage slow.
 """
 
+import codecs
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data.folder import EXTENSIONS, cache_file, load_arrays, save_arrays
-from data.image_list import ImageList, Names
+from data.image_list import NO_FILE, ImageList, Names
 
 CLASSES = "classes.txt"  # a class name a line, in the order of the numbers in the .cls members
 
@@ -29,6 +30,9 @@ def list_shards(base: Path, split: str) -> ImageList:
     """
     shards = sorted(base.glob(f"{split}-*.tar"))
     cache = cache_file(base / f"{split}.shards")
+    for path in shards:
+        if not path.is_file():
+            raise ValueError(f"shard {str(path)!r} cannot be read: {NO_FILE}")
     stamp = np.array([[path.stat().st_size, path.stat().st_mtime_ns] for path in shards], np.int64)
     stored = load_arrays(cache)
     if stored is None or not np.array_equal(stored["stamp"], stamp):
@@ -46,7 +50,9 @@ def _class_names(base: Path, at_least: int) -> tuple[str, ...]:
     path = base / CLASSES
     if not path.is_file():
         return tuple(str(i) for i in range(at_least))
-    names = tuple(path.read_text("utf-8", "surrogateescape").splitlines())
+    lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # str.splitlines would split at U+2028 too
+    names = tuple(line.removesuffix(b"\r").decode("utf-8", "surrogateescape") for line in lines)
+    names = names[:-1] if names[-1] == "" else names
     if len(names) < at_least:
         raise ValueError(f"{path} names {len(names)} classes, but the shards use {at_least}")
     return names

@@ -1,6 +1,7 @@
 """Checks of what users pass in, with messages that say what is wrong and what would be right."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -24,3 +25,9 @@ def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0)[0]
     return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
+
+
+def printable(name: object) -> str:
+    """A name in one line of text that every stream takes: line ends, controls and bytes that are no UTF-8 escaped."""
+    odd = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
+    return re.sub(odd, lambda found: repr(found[0])[1:-1], str(name))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from involution.checks import printable
 from involution.complexity import count
 from involution.loading import IMAGENET
 from involution.weights import describe
@@ -150,7 +151,8 @@ def save_safetensors(
         {"class_names": json.dumps(list(class_names))} if class_names else {}
     )
     save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name, **notes})
-    (folder / "README.md").write_text(_model_card(model, name, options, class_names, note, preparation))
+    card = _model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
+    (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def _model_card(

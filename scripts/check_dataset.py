@@ -21,30 +21,30 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used from the checkout
 
-from data import BadImageError, open_dataset
+from data import BadImageError, exclusion, open_dataset
 from data.datasets import EXCLUDED
-from data.decode import decode
+from data.decode import MAX_PIXELS, decode
 from data.image_list import ImageList
 
 CHUNK = 64  # images a task
 
 
-def _bad(images: ImageList, start: int) -> list[tuple[str, str]]:
+def _bad(images: ImageList, max_pixels: int, start: int) -> list[tuple[str, str]]:
     """(path, reason) of the images of a chunk that cannot be read."""
     warnings.simplefilter("ignore")  # Pillow's warnings are about files that it reads all the same
     found = []
     for index in range(start, min(start + CHUNK, len(images))):
         try:
-            decode(images.read(index), images.paths[index])
+            decode(images.read(index), images.paths[index], max_pixels)
         except BadImageError as error:
             found.append((error.path, error.reason))
     return found
 
 
-def scan(images: ImageList, workers: int, label: str) -> Iterator[tuple[str, str]]:
+def scan(images: ImageList, workers: int, label: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[str, str]]:
     """Decodes all images in `workers` processes; yields (path, reason) of the bad ones, in order."""
     with multiprocessing.Pool(workers) as pool, tqdm(total=len(images), desc=label, unit="image") as bar:
-        for found in pool.imap(partial(_bad, images), range(0, len(images), CHUNK)):
+        for found in pool.imap(partial(_bad, images, max_pixels), range(0, len(images), CHUNK)):
             bar.update(min(CHUNK, len(images) - bar.n))
             yield from found
         pool.close()  # they end by themselves: a worker that was started with SIGTERM ignored cannot be terminated
@@ -53,13 +53,10 @@ def scan(images: ImageList, workers: int, label: str) -> Iterator[tuple[str, str
 
 def write_list(output: Path, bad: list[tuple[str, str]], base: Path) -> None:
     """Writes the exclusion list whole or not at all."""
-    lines = ["# images that cannot be read, written by scripts/check_dataset.py: path, tab, reason"]
-    for path, reason in bad:
-        name = os.path.relpath(path, base).replace("\n", "\\n")
-        lines.append(f"{name}\t{' '.join(reason.split())}")
+    lines = [exclusion.line(os.fsencode(os.path.relpath(path, base)), reason) for path, reason in bad]
     handle, temporary = tempfile.mkstemp(dir=output.parent)
     with os.fdopen(handle, "wb") as file:
-        file.write(("\n".join(lines) + "\n").encode("utf-8", "surrogateescape"))
+        file.write(b"\n".join([exclusion.HEADER.encode(), *lines, b""]))
     os.chmod(temporary, 0o644)
     os.replace(temporary, output)
 
@@ -70,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default="folder", help="imagenet, imagenette, cifar10 or folder (default)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--output", type=Path, help="where to write the list (default: ROOT/excluded.txt)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="data.max_pixels (default: %(default)s)")
     arguments = parser.parse_args(argv)
     base = arguments.root.absolute()
     output = arguments.output or base / EXCLUDED
@@ -78,19 +76,28 @@ def main(argv: list[str] | None = None) -> int:
         bad = [
             entry
             for label, images in zip(splits._fields, splits, strict=True)
-            for entry in scan(images, max(1, arguments.workers), label)
+            for entry in scan(images, max(1, arguments.workers), label, arguments.max_pixels)
         ]
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path, reason in bad:  # before the list is written: the folder may be read-only
+        print(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
+    print(f"{len(bad)} of {sum(len(images) for images in splits)} images cannot be read", end="")
+    try:
         if bad:
             write_list(output, bad, base)
         else:
             output.unlink(missing_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(flush=True)
+        print(
+            f"error: {output} cannot be written or removed: {error.strerror}; choose another place by --output FILE "
+            "and give it to training as data.exclude=FILE",
+            file=sys.stderr,
+        )
         return 2
-    for path, reason in bad:
-        print(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
-    total = sum(len(images) for images in splits)
-    print(f"{len(bad)} of {total} images cannot be read" + (f"; they are listed in {output}" if bad else ""))
+    print(f"; they are listed in {output}" if bad else "")
     return 1 if bad else 0
 
 

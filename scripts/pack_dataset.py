@@ -68,9 +68,14 @@ def main(argv: list[str] | None = None) -> int:
         if any(output.glob("*.tar")):
             raise ValueError(f"{str(output)!r} has tar files already; give a new folder or remove them")
         splits = open_dataset(arguments.data, arguments.root)
+        odd = [name for name in splits.train.class_names if "\n" in name or name.endswith("\r")]
+        if odd:
+            raise ValueError(
+                f"the name of class {odd[0]!r} has a line end, which {CLASSES} cannot keep; rename its folder"
+            )
         output.mkdir(parents=True, exist_ok=True)
-        names = "\n".join(splits.train.class_names) + "\n"
-        (output / CLASSES).write_text(names, "utf-8", "surrogateescape")
+        names = "".join(f"{name}\n" for name in splits.train.class_names)
+        (output / CLASSES).write_bytes(names.encode("utf-8", "surrogateescape"))
         for split, images in zip(splits._fields, splits, strict=True):
             count = pack(images, output, split, int(arguments.shard_size * 1e6), arguments.seed)
             print(f"{split}: {len(images)} images in {count} shards")

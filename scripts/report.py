@@ -200,7 +200,7 @@ def read_predictions(path: Path) -> dict[str, bool]:
     if not file.is_file():
         command = f"""python eval.py "checkpoint='{path}'" "predictions='{file}'\""""
         raise ValueError(f"{file} does not exist; write it with: {command}")
-    with open(file, newline="") as opened:
+    with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
         rows = csv.DictReader(opened)
         if not {"path", "correct"} <= set(rows.fieldnames or ()):
             raise ValueError(f"{file} is not a file that eval.py predictions= wrote")

@@ -3,6 +3,7 @@
 import errno
 import functools
 import gc
+import io
 import json
 import logging
 import os
@@ -83,6 +84,8 @@ def _remove_unused_folder() -> None:
 
 def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     """Run a program that `hydra.main` wraps, and leave with the exit status of its outcome (see errors.py)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise, instead of Hydra's own message and exit status 1
     status, message, requeue = EXIT_ERROR, "", False
     try:

@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.decode import MAX_PIXELS
 from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
 
@@ -31,6 +32,7 @@ class DataConfig:
     mean: list[float] = MISSING
     std: list[float] = MISSING
     exclude: str | None = MISSING
+    max_pixels: int = MAX_PIXELS  # the default is for checkpoints from before there was this key
     on_error: str = MISSING
 
 
@@ -107,6 +109,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "data.workers": (0, None),
     "data.val_size": (1, None),
     "data.val_resize": (1, None),
+    "data.max_pixels": (1, None),
     "augmentation.hflip": (0, 1),
     "optimizer.lr": (0, None),
     "optimizer.momentum": (0, 1),

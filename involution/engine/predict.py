@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.decode import check_pixels
 from data.folder import EXTENSIONS
 from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
@@ -66,6 +67,8 @@ def find_images(images: str | list[str]) -> list[Path]:
         path = Path(str(name)).expanduser()
         if not path.exists():
             raise UserError(f"images: there is no file or folder {path}")
+        if not path.is_dir() and not path.is_file():
+            raise UserError(f"images: {path} is a pipe or a device, no file")
         paths += _inside(path) if path.is_dir() else [path]
     if not paths:
         raise UserError("images is an empty list; give a file, a folder, or [a.jpg,b.jpg]")
@@ -88,6 +91,7 @@ def open_picture(path: Path) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
+            check_pixels(image)
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:
         reason = "Pillow cannot identify it as an image"
@@ -119,7 +123,7 @@ def _outputs(config: EvalConfig) -> list[tuple[Path, Writer]]:
 
 
 def _write_csv(path: Path, predictions: Predictions, predictor: Predictor) -> None:
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(predictor.columns)
         for prediction in predictions:

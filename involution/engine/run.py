@@ -181,7 +181,7 @@ def log_to(path: Path | None, is_main: bool) -> None:
     console.setLevel(logging.INFO if is_main else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if path is not None and is_main:
-        handlers.append(_LogFile(path))
+        handlers.append(_LogFile(path, encoding="utf-8", errors="backslashreplace"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in log.handlers:
         handler.close()

@@ -102,7 +102,7 @@ class RecordedAccuracy(Accuracy):
         parts: list[Any] = gather_objects((indices, predicted))
         if world.is_main:
             rows = sorted(zip(*(np.concatenate(columns).tolist() for columns in zip(*parts))))
-            with open(self.path, "w", newline="") as file:
+            with open(self.path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
                 table = csv.writer(file)
                 table.writerow(COLUMNS)
                 table.writerows(_line(images, index, guess) for index, guess in rows)
@@ -152,7 +152,7 @@ def _loading(d: DataConfig, world: World) -> dict[str, Any]:
     return {
         "mean": d.mean, "std": d.std, "loader": d.loader, "workers": d.workers,
         "decoder": automatic if d.decoder == "auto" else d.decoder,
-        "on_error": d.on_error, "device": world.device,
+        "max_pixels": d.max_pixels, "on_error": d.on_error, "device": world.device,
     }  # fmt: skip
 
 

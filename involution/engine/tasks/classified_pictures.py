@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
+from involution.checks import printable
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
 from involution.engine.predict import open_picture
@@ -39,7 +40,7 @@ class ClassifiedPictures:
         return self.classifier.predict([picture for _, picture in pictures], TOP)
 
     def text(self, path: Path, prediction: Classes) -> str:
-        return "\n".join([str(path), *(f"  {100 * p:5.1f} %  {name}" for name, p in prediction)])
+        return "\n".join([printable(path), *(f"  {100 * p:5.1f} %  {printable(name)}" for name, p in prediction)])
 
     def as_dict(self, path: Path, prediction: Classes) -> dict[str, Any]:
         return {"image": str(path), "top5": [{"class": name, "confidence": round(p, 6)} for name, p in prediction]}
@@ -66,6 +67,6 @@ class ClassifiedPictures:
             picture = heat_map_picture(pixels, maps, normalise.mean, normalise.std)
             axes.imshow(picture.permute(1, 2, 0).cpu().numpy())
             likeliest = ", ".join(f"{name} {100 * p:.1f} %" for name, p in classes[:3])
-            axes.set_title(f"{image.name}: {likeliest}", fontsize=8, loc="left", parse_math=False)
+            axes.set_title(printable(f"{image.name}: {likeliest}"), fontsize=8, loc="left", parse_math=False)
             axes.set_axis_off()
         figure.savefig(sheet, dpi=150)

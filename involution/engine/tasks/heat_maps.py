@@ -24,7 +24,7 @@ class HeatMaps:
         chosen = images.select(np.unique(np.linspace(0, len(images) - 1, IMAGES).astype(int)))
         loader = data.eval_loader(
             chosen, batch_size=len(chosen), val_size=d.val_size, val_resize=d.val_resize, **self.normalisation,
-            loader="torch", workers=0, on_error="skip",
+            loader="torch", workers=0, max_pixels=d.max_pixels, on_error="skip",
         )  # fmt: skip
         batch = next(iter(loader))
         self.images = batch.images[: batch.valid]
