@@ -2,9 +2,10 @@
 
     python scripts/convert_checkpoint.py IN OUT [--to ours|released]
 
-IN: a released checkpoint (also of a detector or segmentor: its backbone is taken), one of train.py, a plain state dict
-or a .safetensors file. OUT: .safetensors, or a torch file with the tensors under "state_dict". Every tensor is copied
-as it is. The model is read off the tensors' shapes; missing and unexpected tensors are listed, and are an error.
+IN: a released checkpoint (also of a detector or segmentor), one of train.py, a plain state dict or a .safetensors file.
+OUT: .safetensors, or a torch file with the tensors under "state_dict". Every tensor is copied as it is, but for the
+order of a detector's classes (weights/dense.py). The model is read off the file; missing and unexpected tensors are
+listed, and are an error.
 """
 
 import argparse
@@ -13,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from involution.models import create_model
-from involution.weights import describe, load_into, read, to_ours, to_released
+from involution.models import DENSE, create_model, tensors_for, without_weights
+from involution.weights import dense, load_into, open_weights, to_released
 
 
 def convert(source: Path, target: Path, to: str = "ours") -> str:
@@ -25,14 +26,18 @@ def convert(source: Path, target: Path, to: str = "ours") -> str:
     """
     if not target.parent.is_dir():
         raise ValueError(f"there is no folder {target.parent} to write to")
-    state = to_ours(read(source))
-    name, options = describe(state)
-    if to == "released" and not (name.startswith("rednet") and options["stem"] == "involution"):
+    weights = open_weights(source)
+    options = without_weights(weights.describe())
+    name = options.pop("name")
+    state = tensors_for(name, weights)
+    involved = name in DENSE or (name.startswith("rednet") and options.get("stem", "involution") == "involution")
+    if to == "released" and not involved:
         raise ValueError(f"{source} is a {name} that was never released: only RedNets with the involution stem were")
     with torch.device("meta"):
         model = create_model(name, **options)
     load_into(model, {key: value.to("meta") for key, value in state.items()})
-    converted = to_released(state) if to == "released" else state
+    rename = dense.to_released if name in DENSE else to_released
+    converted = rename(state) if to == "released" else state
     converted = {key: value.contiguous() for key, value in converted.items()}
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file

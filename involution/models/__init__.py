@@ -5,12 +5,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from involution.checks import unknown_name
 from involution.models import rednet, resnet
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
 from involution.weights import Weights, load_into, open_weights
+from involution.weights import dense as dense_names
 from involution.weights.published import PUBLISHED
 
 MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
@@ -97,7 +100,12 @@ def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
 
 
 def _load(model: BottleneckNetwork, name: str, weights: Weights) -> None:
-    load_into(model, weights.tensors if name in DENSE else weights.to_ours())
+    load_into(model, tensors_for(name, weights))
+
+
+def tensors_for(name: str, weights: Weights) -> dict[str, Tensor]:
+    """Weights under the names of the model ``name``: of a detector's file a detector takes all, others the backbone."""
+    return dense_names.to_ours(weights.tensors) if name in DENSE else weights.to_ours()
 
 
 def without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -129,5 +137,6 @@ __all__ = [
     "create_model",
     "load_model",
     "model_options",
+    "tensors_for",
     "without_weights",
 ]

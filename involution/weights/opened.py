@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from involution.weights import files, run_file
+from involution.weights import dense, files, run_file
 from involution.weights.names import describe, to_ours
 from involution.weights.source import fetch
 
@@ -28,6 +28,8 @@ class Weights(NamedTuple):
         """
         if self.model is not None:
             return self.model
+        if dense.kind(self.tensors):
+            return dense.describe(self.tensors)
         name, options = describe(self.to_ours())
         return {"name": name} | options
 

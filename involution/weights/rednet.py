@@ -50,14 +50,14 @@ def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         ValueError: they are those of no RedNet or ResNet.
     """
     blocks = {key.rsplit(".conv1.", 1)[0] for key in state if re.fullmatch(r"layer\d\.\d+\.conv1\.weight", key)}
-    number = 3 * len(blocks) + 2
+    number, deep = 3 * len(blocks) + 2, "stem.0.weight" in state
     try:
         options: dict[str, Any] = {
             "num_classes": state["fc.weight"].shape[0] if "fc.weight" in state else 0,
-            "in_chans": state["stem.conv1.weight"].shape[1],
+            "in_chans": state["stem.0.weight" if deep else "stem.conv1.weight"].shape[1],
         }
         if "layer1.0.conv2.weight" in state:
-            return f"resnet{number}", options
+            return f"resnet{number}", options | ({"stem": "deep"} if deep else {})
         return f"rednet{number}", options | _rednet_options(state)
     except KeyError as error:
         raise ValueError(
