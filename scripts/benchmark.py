@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py op             the operator: stages of RedNet-50, every backend, the roofline
     python scripts/benchmark.py model          RedNets against ResNets: inference, training, memory, Table 2
+    python scripts/benchmark.py detection      Faster R-CNN with RedNet-50, with ResNet-50, and torchvision's own
     python scripts/benchmark.py loop           the trainer's step against a bare loop
     python scripts/benchmark.py data FOLDER    loaders, model, and which of the two is the bottleneck
     python scripts/benchmark.py op --out docs/benchmarks/op    also writes op.md and op.json, with the command
@@ -51,10 +52,10 @@ def common_options() -> argparse.ArgumentParser:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{op,model,loop,data}")
-    from benchmarks import data_loading, loop, model, op
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{op,model,detection,loop,data}")
+    from benchmarks import data_loading, detection, loop, model, op
 
-    for module in (op, model, loop, data_loading):
+    for module in (op, model, detection, loop, data_loading):
         module.add_command(commands, common_options())
     args = parser.parse_args()
     if args.clock == "cpu" and (args.threads != 1 or args.command == "data"):
