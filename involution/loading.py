@@ -49,7 +49,7 @@ class Classifier(NamedTuple):
         channels = input_channels(self.model)
         if pixels.shape[1] != channels:
             raise ValueError(
-                f"the model takes {channels} channels, but its pictures are prepared with {pixels.shape[1]}: mean and "
+                f"the model's channels, {channels}, are not those of its pictures, {pixels.shape[1]}: mean and "
                 "std should have a value for each (pictures have 3, or 1 when they are made gray)"
             )
         logits = self.model(pixels)

@@ -125,7 +125,7 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe, ranks):
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["device=cuda"], "device=cpu"),
         (["train.sync_batchnorm=true", "device=cpu"], "sync_batchnorm"),
-        (["recipe=demo", "data.mean=[0.5]"], "data.mean has 1 values, but the model takes 3 channels"),
+        (["recipe=demo", "data.mean=[0.5]"], "data.mean=[0.5] should have a value for each of the model's channels, 3"),
         (["recipe=demo", "data.std=[1,1,1,1]"], "for example data.std=[1.0,1.0,1.0]"),
         (["recipe=demo", "data.std=[0.5,0,0.5]"], "should be greater than 0"),
         (["recipe=demo", "model.in_chans=1"], "for example data.mean=[0.5]"),

@@ -53,5 +53,5 @@ def test_a_gray_model_trains_evaluates_and_predicts(images, tmp_path):
     for wrong in (["data.mean=[0.5,0.5,0.5]"], [f"images={photo}", "data.mean=[0.5,0.5,0.5]", "data.std=[1,1,1]"]):
         refused = in_process("eval.py", checkpoint, "device=cpu", *wrong)
         assert refused.status == 2
-        assert "the model takes 1 channels" in refused.stderr
+        assert "the model's channels, 1" in refused.stderr
         assert "Traceback" not in refused.stderr

@@ -185,8 +185,8 @@ def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -
         if len(values) != channels:
             fitting = [round(sum(values) / max(len(values), 1), 3)] * channels
             raise UserError(
-                f"data.{key} has {len(values)} values, but the model takes {channels} channels (model.in_chans): give "
-                f"as many, for example data.{key}={str(fitting).replace(' ', '')}"
+                f"data.{key}={list(values)} should have a value for each of the model's channels, {channels} "
+                f"(model.in_chans): for example data.{key}={str(fitting).replace(' ', '')}"
             )
     if not all(value > 0 for value in std):
         raise UserError(f"data.std={list(std)} should be greater than 0: pictures are divided by it")
