@@ -1,0 +1,71 @@
+"""Both necks and heads learn two photos of COCO, from nothing, at a fixed learning rate and with no step skipped."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
+
+from involution import create_model
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Two photos of two to five objects each, with their boxes as masks too."""
+    folder = os.environ.get("INVOLUTION_DATASETS")
+    if not folder:
+        pytest.skip("INVOLUTION_DATASETS names no folder with coco2017-mini-free.tar")
+    with tarfile.open(Path(folder) / "coco2017-mini-free.tar") as tar:
+        files = {member.name: member for member in tar.getmembers()}
+        name = next(n for n in files if n.endswith("annotations/instances_train2017.json"))
+        told = json.load(tar.extractfile(files[name]))
+        category = {c["id"]: i for i, c in enumerate(told["categories"])}
+        images, targets = [], []
+        for image in told["images"]:
+            own = [a for a in told["annotations"] if a["image_id"] == image["id"]]
+            if not 2 <= len(own) <= 5 or any(a["iscrowd"] for a in own) or len(images) == 2:
+                continue
+            file = next(m for n, m in files.items() if n.endswith(f"train2017/{image['file_name']}"))
+            with Image.open(io.BytesIO(tar.extractfile(file).read())) as picture:
+                images.append(pil_to_tensor(picture.convert("RGB")))
+            boxes = torch.tensor([a["bbox"] for a in own])
+            boxes[:, 2:] += boxes[:, :2]
+            masks = torch.zeros(len(own), *images[-1].shape[1:], dtype=torch.uint8)
+            for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist()):
+                mask[y1:y2, x1:x2] = 1
+            labels = torch.tensor([category[a["category_id"]] for a in own])
+            targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    return images, targets
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options", "clip"),
+    [
+        ("retinanet", {"neck": "convolution"}, 40),
+        ("mask_rcnn", {"neck": "involution", "head": "involution"}, 5),
+    ],
+)
+def test_two_photos(photos, name, options, clip):
+    torch.manual_seed(0)
+    backbone = {"name": "rednet26", "freeze": None, "norm_eval": False}  # nothing is pre-trained
+    model = create_model(name, backbone=backbone, min_size=96, max_size=160, **options).train()
+    if name != "retinanet":
+        model.proposals._pre_nms_top_n["training"] = model.proposals._post_nms_top_n["training"] = 100
+        model.regions.fg_bg_sampler.batch_size_per_image = 32
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    history = []
+    for step in range(16):
+        optimizer.param_groups[0]["lr"] = 0.01 * min(1, (step + 1) / 5)
+        loss = sum(model(*photos).values())
+        optimizer.zero_grad()
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(model.parameters(), clip).isfinite()
+        optimizer.step()
+        history.append(loss.item())
+    assert sum(history[-3:]) / 3 < 0.7 * history[0], history
