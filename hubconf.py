@@ -1,6 +1,6 @@
 """torch.hub entry points: ``torch.hub.load("OWNER/REPOSITORY", "rednet50", num_classes=10)``.
 
-Options are those of ``involution.create_model``, with ``pretrained=PATH_OR_URL``.
+Options are those of ``involution.create_model``, with ``pretrained=True`` or ``pretrained=PATH_OR_URL``.
 """
 
 from functools import partial

@@ -3,12 +3,13 @@
 import difflib
 import re
 from collections.abc import Iterable
+from numbers import Integral
 
 
 def check_positive(**values: object) -> None:
-    """Raise ValueError unless every value is an integer of at least 1."""
+    """Raise ValueError unless every value is an integer of at least 1, of Python or of NumPy."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it should be an integer of at least 1")
 
 

@@ -50,6 +50,8 @@ class Involution2d(nn.Module):
             reduction_ratio=reduction_ratio,
         )
         check_odd(kernel_size=kernel_size)
+        channels, kernel_size, stride, dilation = int(channels), int(kernel_size), int(stride), int(dilation)
+        group_channels, reduction_ratio = int(group_channels), int(reduction_ratio)  # NumPy's, for the operators
         if channels % group_channels:
             raise ValueError(
                 f"group_channels is {group_channels}, which does not divide channels = {channels}; "

@@ -1,11 +1,12 @@
 """Involution2d against the paper's formulas written out, and what it refuses."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution import Involution2d
+from involution import Involution2d, create_model
 from involution.kernel_generation import stride_pool
 
 
@@ -115,3 +116,14 @@ def test_repr_tells_the_arguments():
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Involution2d(**{"channels": 32, **arguments})
+
+
+def test_numpy_s_integers_are_taken_as_conv2d_takes_them():
+    n = np.int64
+    layer = Involution2d(n(32), n(3), n(2), n(1), n(16), n(4))
+    assert layer(torch.randn(1, 32, 8, 8)).shape == (1, 32, 4, 4)
+    model = create_model("rednet26", num_classes=n(5), in_chans=n(1), kernel_size=n(3), group_channels=n(8))
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+    for wrong in (True, 2.0, n(0), "3"):
+        with pytest.raises(ValueError, match="channels is"):
+            Involution2d(wrong)

@@ -5,6 +5,7 @@ Channels after them:                64             64             256          5
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -130,7 +131,7 @@ class BottleneckNetwork(nn.Module):
 
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one for ``num_classes``; 0 removes it."""
-        if not isinstance(num_classes, int) or num_classes < 0:
+        if not isinstance(num_classes, Integral) or num_classes < 0:
             raise ValueError(f"num_classes is {num_classes!r}; it should be an integer of at least 0")
         self.num_classes = num_classes
         self.fc: nn.Module = nn.Identity()
