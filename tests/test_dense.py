@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import involution
+from involution.dense import plugins
 from involution.dense.backbone import LEVELS, build_backbone
 from involution.dense.pyramid import FeaturePyramid
 from involution.weights import to_released
@@ -70,3 +71,34 @@ def test_a_backbone_starts_from_a_classifier_s_weights(tmp_path):
 def test_wrong_backbones(config, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_backbone(config)
+
+
+@pytest.mark.parametrize("plugin", plugins.PLUGINS)
+def test_what_a_plugin_adds_starts_at_zero_and_trains(plugin):
+    x = torch.randn(1, 3, 64, 64)
+    backbone = build_backbone({"name": "resnet26", "freeze": 1, "norm_eval": True}).train()
+    with torch.no_grad():
+        before = backbone(x)
+    plugins.add(backbone, plugin)
+    assert not any(module.training for module in backbone.modules() if isinstance(module, _BatchNorm))
+    after = backbone(x)
+    for old, new in zip(before, after):
+        torch.testing.assert_close(new, old)
+    sum(level.square().mean() for level in after).backward()
+    assert all(p.grad is not None for p in backbone.parameters() if p.requires_grad)
+
+
+def test_criss_cross_attention_against_a_loop():
+    """Each pixel looks at its row and its column, at itself once."""
+    torch.manual_seed(0)
+    block = plugins.CrissCross(16).double()
+    block.gamma.data.fill_(0.5)
+    x = torch.randn(1, 16, 4, 5, dtype=torch.float64)
+    query, key, value = block.query(x)[0], block.key(x)[0], block.value(x)[0]
+    found = block._once(x)[0]
+    for i in range(4):
+        for j in range(5):
+            seen = [(i, c) for c in range(5)] + [(r, j) for r in range(4) if r != i]
+            weights = torch.stack([query[:, i, j] @ key[:, r, c] for r, c in seen]).softmax(0)
+            attended = sum(w * value[:, r, c] for w, (r, c) in zip(weights, seen))
+            torch.testing.assert_close(found[:, i, j], x[0, :, i, j] + 0.5 * attended)
