@@ -57,3 +57,9 @@ def edge_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """51 full-size COCO photos in COCO's layout."""
     return _unpack("coco2017-mini-free.tar", tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="session")
+def camvid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """26 street frames in Cityscapes' layout."""
+    return _unpack("camvid-cityscapes-layout.tar", tmp_path_factory.mktemp("camvid"))

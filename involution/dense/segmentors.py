@@ -112,6 +112,8 @@ class Segmentor(nn.Module):
     """
 
     aux_weight = 0.4  # of the auxiliary head's loss
+    outputs: tuple[str, ...] = ("out",)  # in training
+    pools_to_a_pixel = False  # and normalises it: with one image a batch there would be nothing to normalise over
 
     def __init__(self, num_classes: int, backbone: str | Mapping[str, Any], neck: str) -> None:
         super().__init__()
@@ -152,6 +154,9 @@ class SemanticFPN(Segmentor):
 
 class UPerNet(Segmentor):
     """UPerNet, in training with an auxiliary head on C4; with RedNet-50 56.4 M parameters, 80.6 mIoU in the paper."""
+
+    outputs = ("out", "aux")
+    pools_to_a_pixel = True
 
     def __init__(
         self, num_classes: int = 19, backbone: str | Mapping[str, Any] = "rednet50", neck: str = "convolution"

@@ -137,7 +137,7 @@ def validate(config: DictConfig, schema: type) -> Any:
     except OmegaConfBaseException as error:
         key = error.full_key or error.key or ""
         known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
-        raise UserError(f"{key}: {str(error).splitlines()[0]}{hint(known)}") from error
+        raise UserError(f"{key}: {str(error).splitlines()[0]}{hint(known) or _other_recipe(key)}") from error
     if missing:
         raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
     for key, allowed in CHOICES.items():
@@ -190,6 +190,12 @@ def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -
             )
     if not all(value > 0 for value in std):
         raise UserError(f"data.std={list(std)} should be greater than 0: pictures are divided by it")
+
+
+def _other_recipe(key: str) -> str:
+    """Advice for a key that the task does not have: a recipe sets `augmentation`, and is made for one task."""
+    recipes = "recipe=cityscapes or demo_segmentation for segmentation, coco or demo_detection for detection"
+    return f". The recipe is for models of another task: choose {recipes}" if key.startswith("augmentation") else ""
 
 
 def _check_range(key: str, value: Any, low: float, high: float | None) -> None:

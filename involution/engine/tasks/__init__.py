@@ -154,9 +154,9 @@ class Setup(Protocol):
 def task_of(model: str) -> Setup:
     """The task that a model of `create_model` is for."""
     # here, for they import the configuration, whose schema depends on the task
-    from involution.engine.tasks import classification
+    from involution.engine.tasks import classification, segmentation
 
-    others: dict[str, Setup] = {}
+    others: dict[str, Setup] = {"semantic_fpn": segmentation, "upernet": segmentation}
     return others.get(model, classification)
 
 
