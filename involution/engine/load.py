@@ -58,7 +58,7 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
             f"{config.checkpoint} holds weights alone; say what to evaluate on: data=imagenet data.root=..."
         )
     else:
-        trained = setup.DATA(**config.data | opened.data)
+        trained = setup.DATA(**config.data | {k: v for k, v in opened.data.items() if k in config.data})
     chosen = {
         key: value
         for key, value in config.data.items()
