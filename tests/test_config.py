@@ -11,6 +11,7 @@ from involution import create_model
 from involution.engine.config import EvalConfig, TrainConfig, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
+from involution.engine.tasks import segmentation
 
 CONF = ROOT / "conf"
 OPTIONS = [
@@ -26,9 +27,15 @@ def config(*overrides: str, program: str = "train"):
         return validate(compose(program, list(overrides)), TrainConfig if program == "train" else EvalConfig)
 
 
+# of another task than the default's, hence with a recipe for that
+RECIPES = dict.fromkeys(
+    ["model=semantic_fpn", "model=upernet", *(f"data={name}" for name in segmentation.DATASETS)], "recipe=cityscapes"
+)
+
+
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
 def test_every_option_composes(option):
-    found = config(option, "checkpoint=WEIGHTS")
+    found = config(*filter(None, [RECIPES.get(option), option]), "checkpoint=WEIGHTS")
     with torch.device("meta"):
         create_model(**found.model | {"num_classes": 10})
 
