@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from numbers import Integral
+from typing import NoReturn
 
 
 def check_positive(**values: object) -> None:
@@ -32,3 +33,12 @@ def printable(name: object) -> str:
     """A name in one line of text that every stream takes: line ends, controls and bytes that are no UTF-8 escaped."""
     odd = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"
     return re.sub(odd, lambda found: repr(found[0])[1:-1], str(name))
+
+
+class NotScripted:
+    """A module that ``torch.jit.script`` refuses with a reason, also as part of another."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            f"{type(self).__name__} cannot be scripted; torch.export, torch.onnx.export and torch.jit.trace take it"
+        )

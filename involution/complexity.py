@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from involution.kernel_generation import SpanGeneration
 from involution.layers import Involution2d
 
 ELEMENTWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -98,7 +97,7 @@ def layer_cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
     if isinstance(module, nn.BatchNorm2d):
         return 0, 2 * x.numel()
     if isinstance(module, Involution2d):
-        return _involution_cost(module, output)
+        return output.numel() * module.kernel_size**2, 0  # the weighted sums; the generator's layers are called
     return 0, x.numel()
 
 
@@ -106,8 +105,6 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), co
     """Count what ``model`` (on any device, in any mode; it is left unchanged) costs for one image (C, H, W)."""
     result = Complexity(input_size)
     hooks, modes = [], {module: module.training for module in model.modules()}
-    generations = [m.kernel_generation for m in modes if isinstance(m, Involution2d)]
-    inside = {g.span for g in generations if isinstance(g, SpanGeneration)}  # run by the operator, not called
     whole = [(type(model).__name__, model)]
     for name, child in whole if isinstance(model, COUNTED) else model.named_children():
         parameters = list(child.parameters())
@@ -115,7 +112,7 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), co
         part = Part(name, sum(p.numel() for p in parameters), trainable)
         result.parts.append(part)
         hooks.append(child.register_forward_hook(_record_output(part)))
-        layers = [m for m in child.modules() if _counts(m) and m not in inside]
+        layers = [m for m in child.modules() if _counts(m)]
         hooks += [layer.register_forward_hook(_add_cost(part, cost)) for layer in layers]
     runs = _Fixed(model) if hasattr(model, "forward_fixed") else model
     meta = {k: v.detach().to("meta") for k, v in [*runs.named_parameters(), *runs.named_buffers()]}
@@ -148,13 +145,3 @@ def _add_cost(part: Part, cost: Cost) -> Callable[..., None]:
         part.elementwise += elementwise
 
     return hook
-
-
-def _involution_cost(module: Involution2d, output: Tensor) -> tuple[int, int]:
-    """The weighted sums, and the last convolution of the generator, which the fused operator does inside itself."""
-    macs = output.numel() * module.kernel_size**2
-    if not isinstance(module.kernel_generation, SpanGeneration):
-        return macs, 0
-    span = module.kernel_generation.span
-    pixels = output.numel() // module.channels
-    return macs + pixels * span.weight.numel(), 0 if span.bias is None else pixels * span.out_channels

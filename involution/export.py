@@ -1,9 +1,7 @@
 """Models for elsewhere: torch.export, ONNX, a compiled AOTInductor package, safetensors with a model card.
 
-Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZE`` on). Our operators are replaced by
-standard ones, in a form that needs few nodes: K row-shifted copies, then a loop over the K columns.
-
-Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
+Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZE`` on). ``ops/standard.py`` has our
+operators in standard ones.
 """
 
 import json
@@ -12,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from involution.checks import printable
@@ -28,38 +25,6 @@ MAX_SIZE = 4096
 MAX_BATCH = 1024
 
 
-def involution2d(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    """``torch.ops.involution.involution2d`` in standard operators."""
-    groups, size = kernel.shape[1:3]
-    wide = torch.promote_types(input.dtype, torch.float32)
-    padded = F.pad(input, (padding,) * 4).to(wide).unflatten(1, (groups, 1, input.shape[1] // groups))
-    kernel = kernel.to(wide).unsqueeze(4)  # (B, G, K, K, 1, Ho, Wo)
-    reach = dilation * (size - 1)
-
-    def seen_by(tap: int) -> slice:
-        """The rows or columns that this tap sees; counted from the end, so that no arithmetic is exported."""
-        return slice(tap * dilation, (tap * dilation - reach) or None, stride)
-
-    rows = torch.cat([padded[..., seen_by(row), :] for row in range(size)], 2)  # (B, G, K, C/G, Ho, W)
-    products = [rows[..., seen_by(column)] * kernel[:, :, :, column] for column in range(size)]
-    return sum(products[1:], products[0]).sum(2).flatten(1, 2).to(input.dtype)
-
-
-def span_involution2d(
-    input: Tensor,
-    reduced: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernel_size: int,
-    stride: int,
-    padding: int,
-    dilation: int,
-) -> Tensor:
-    """``torch.ops.involution.span_involution2d`` in standard operators."""
-    kernel = F.conv2d(reduced, weight, bias).unflatten(1, (-1, kernel_size, kernel_size))
-    return involution2d(input, kernel, stride, padding, dilation)
-
-
 def export_program(model: nn.Module) -> ExportedProgram:
     """``model`` in evaluation as a ``torch.export`` program of standard operators; the model's mode stays as it is."""
     training = model.training
@@ -70,7 +35,7 @@ def export_program(model: nn.Module) -> ExportedProgram:
     size = {"min": MIN_SIZE, "max": MAX_SIZE}
     shapes = {0: Dim("batch", min=1, max=MAX_BATCH), 2: Dim("height", **size), 3: Dim("width", **size)}
     try:
-        program = torch.export.export(
+        return torch.export.export(
             model.eval(),
             (example,),
             dynamic_shapes=(shapes,),
@@ -78,12 +43,6 @@ def export_program(model: nn.Module) -> ExportedProgram:
         )
     finally:
         model.train(training)
-    return program.run_decompositions(
-        {
-            torch.ops.involution.involution2d.default: involution2d,
-            torch.ops.involution.span_involution2d.default: span_involution2d,
-        }
-    )
 
 
 def export_torch(model: nn.Module, path: str | Path) -> None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from involution.checks import NotScripted
 from involution.kernel_generation import BottleneckGeneration
 from involution.layers import Involution2d
 from involution.ops import folded
 
 
-class FoldedInvolution2d(nn.Module):
+class FoldedInvolution2d(NotScripted, nn.Module):
     """What an ``Involution2d``, a BatchNorm and a ReLU do in evaluation: (B, C, H, W) -> (B, C, Ho, Wo)."""
 
     packed: Tensor
@@ -30,10 +31,8 @@ class FoldedInvolution2d(nn.Module):
         self.dilation = layer.dilation
 
     def forward(self, x: Tensor) -> Tensor:
-        differentiated = x.requires_grad and torch.is_grad_enabled()
-        standard = differentiated or x.device.type != "cpu" or torch.compiler.is_exporting()
-        operator = folded.composed if standard else folded.operator
-        return operator(x, self.packed, self.hidden, self.groups, self.kernel_size, self.stride, self.dilation)
+        window = self.kernel_size, self.stride, self.dilation
+        return folded.folded_involution2d(x, self.packed, self.hidden, self.groups, *window)
 
     def extra_repr(self) -> str:
         """The arguments."""

@@ -7,13 +7,11 @@ Both functions end in a 1x1 convolution, ``span``. What comes before it is ``hid
 to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
-from involution.ops.layer import supports
-from involution.remake import norm_act, plain
+from involution.unwatched import as_it_seems, calls_are_free, unchanged
 
 
 def stride_pool(stride: int) -> nn.Module:
@@ -31,19 +29,24 @@ def stride_pool(stride: int) -> nn.Module:
 class SpanGeneration(nn.Module):
     """A generator that ends in a 1x1 convolution: kernels = span(hidden(x))."""
 
-    if TYPE_CHECKING:  # torch.jit.script cannot have annotated submodules
-        span: nn.Conv2d
+    span: nn.Conv2d
 
     def hidden(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, R, Ho, Wo): everything before the last convolution."""
         raise NotImplementedError
 
-    def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``layer(hidden(x))``."""
-        return layer(self.hidden(x))
-
     def forward(self, x: Tensor) -> Tensor:
         return self.span(self.hidden(x))
+
+    def may_fuse(self) -> bool:
+        """Whether the operator may make the kernels from ``span``'s weights: calling generator or ``span`` would do the
+        same, and nobody waits for the calls."""
+        return (
+            calls_are_free()
+            and type(self).forward is SpanGeneration.forward
+            and unchanged(self)
+            and _pointwise(self.span)
+        )
 
 
 class BottleneckGeneration(SpanGeneration):
@@ -64,14 +67,16 @@ class BottleneckGeneration(SpanGeneration):
     def hidden(self, x: Tensor) -> Tensor:
         return self.act(self.norm(self.reduce(self.pool(x))))
 
-    def runs_with(self, x: Tensor) -> bool:
-        """Whether it runs together with the involution, as one operator (``involution.ops.layer``)."""
-        modules = self.reduce, self.norm, self.span
-        return plain(x, self.norm, self.act, self, self.reduce, self.span) and supports(x, *modules)
-
-    def into(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """``layer(hidden(x))``, which does not keep the hidden tensor for the backward."""
-        return norm_act(self.reduce(self.pool(x)), self.norm, self.act, layer)
+    def as_built(self, stride: int) -> bool:
+        """Whether calling it does what Eqn. 6 says and nothing else, down to each of its modules."""
+        return (
+            as_it_seems(self, BottleneckGeneration)
+            and _pools(self.pool, stride)
+            and _pointwise(self.reduce)
+            and as_it_seems(self.norm, nn.BatchNorm2d)
+            and as_it_seems(self.act, nn.ReLU)
+            and _pointwise(self.span)
+        )
 
 
 class LinearGeneration(SpanGeneration):
@@ -84,6 +89,21 @@ class LinearGeneration(SpanGeneration):
 
     def hidden(self, x: Tensor) -> Tensor:
         return self.pool(x)
+
+
+def _pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
+    if not as_it_seems(conv, nn.Conv2d):
+        return False
+    return bool(conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1)
+
+
+def _pools(pool: nn.Module, stride: int) -> bool:
+    if stride == 1:
+        return as_it_seems(pool, nn.Identity)
+    if not as_it_seems(pool, nn.AvgPool2d):
+        return False
+    names = "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+    return [getattr(pool, name) for name in names] == [stride, stride, 0, True, False, None]
 
 
 def build_kernel_generation(

@@ -1,17 +1,15 @@
 """Involution2d: kernel generation and operator as one layer, a drop-in for a K x K convolution C -> C."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
-from involution.checks import check_odd, check_positive
+from involution.checks import NotScripted, check_odd, check_positive
 from involution.kernel_generation import BottleneckGeneration, SpanGeneration, build_kernel_generation
-from involution.ops import involution2d, span_involution2d
-from involution.ops.layer import involution_layer
+from involution.ops import involution2d, norm, recompute, span_involution2d
+from involution.unwatched import nobody_watches
 
 
-class Involution2d(nn.Module):
+class Involution2d(NotScripted, nn.Module):
     """Involution (Eqn. 4 to 6): (B, C, H, W) -> (B, C, Ho, Wo) with Ho = ceil(H / stride), Wo = ceil(W / stride).
 
     Args:
@@ -71,23 +69,42 @@ class Involution2d(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        generation = self.kernel_generation
-        if torch.jit.is_scripting():  # knows neither isinstance of a module nor keywords; any generator will do
-            kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-            padding = self.dilation * (self.kernel_size - 1) // 2
-            return torch.ops.involution.involution2d(x, kernel, self.stride, padding, self.dilation)
-        if isinstance(generation, BottleneckGeneration) and generation.runs_with(x):
-            modules = generation.reduce, generation.norm, generation.span
-            return involution_layer(x, generation.pool(x), *modules, self.kernel_size, self.stride, self.dilation)
-        if isinstance(generation, SpanGeneration):
-            return generation.into(partial(self._fused, x, generation.span), x)
+        generation, window = self.kernel_generation, {"stride": self.stride, "dilation": self.dilation}
+        if torch.is_grad_enabled() and nobody_watches() and (step := self.training_step(x)) is not None:
+            return recompute.run(x, step)
+        if isinstance(generation, SpanGeneration) and generation.may_fuse():
+            span = generation.span
+            return span_involution2d(x, generation.hidden(x), span.weight, span.bias, self.kernel_size, **window)
         kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-        return involution2d(x, kernel, stride=self.stride, dilation=self.dilation)
+        return involution2d(x, kernel, **window)
 
-    def _fused(self, x: Tensor, span: nn.Conv2d, hidden: Tensor) -> Tensor:
-        return span_involution2d(
-            x, hidden, span.weight, span.bias, self.kernel_size, stride=self.stride, dilation=self.dilation
-        )
+    def training_step(self, x: Tensor) -> recompute.Step | None:
+        """What it does in training, as one operator on the CPU; None where its modules are to run one by one.
+
+        ``x`` tells shape, type and layout of the input. Counts the batch in the generator's BatchNorm.
+        """
+        generation = self.kernel_generation
+        if not (norm.takes(x) and x.shape[1] == self.channels and self.channels % 16 == 0):
+            return None
+        if not isinstance(generation, BottleneckGeneration) or not generation.as_built(self.stride):
+            return None
+        reduce, batch_norm, span = generation.reduce, generation.norm, generation.span
+        hidden, taps = reduce.out_channels, self.groups * self.kernel_size**2
+        weights = reduce.weight, span.weight, *(() if span.bias is None else (span.bias,))
+        if (
+            reduce.bias is not None
+            or (reduce.weight.shape[1], *span.weight.shape[:2]) != (self.channels, taps, hidden)
+            or any(weight.dtype != x.dtype for weight in weights)
+            or not norm.fits(batch_norm, x, hidden)
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        height, width = (-(-side // self.stride) for side in x.shape[2:])
+        problem = norm.describe(batch_norm, x, x.shape[0] * height * width)
+        options = recompute.Involution(self.kernel_size, self.stride, self.dilation, problem)
+        statistics = batch_norm.running_mean, batch_norm.running_var
+        operands = reduce.weight, batch_norm.weight, batch_norm.bias, span.weight, span.bias
+        return recompute.Step(options, operands, statistics)
 
     def extra_repr(self) -> str:
         """The arguments that are not visible in the generator's own lines."""

@@ -105,7 +105,9 @@ def test_folded_operator_in_the_compiler():
     x = torch.randn(2, 32, 9, 9)
     layer = quick[0]
     operands = (x, *layer.buffers(), 8, 2, 3, 2, 1)
-    torch.library.opcheck(folded.operator, operands, test_utils=["test_schema", "test_faketensor"])
+    torch.library.opcheck(
+        torch.ops.involution.folded_involution2d.default, operands, test_utils=["test_schema", "test_faketensor"]
+    )
     compiled = torch.compile(quick, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), quick(x))
 

@@ -10,15 +10,25 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from involution import Involution2d, create_model
-from involution.kernel_generation import BottleneckGeneration
-from involution.ops import cpu, norm
-from involution.remake import norm_act, norm_relu
+from involution.ops import cpu
+from involution.sequence import norm_relu, sequence
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
+def run(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> Tensor:
+    return sequence(x, norm, nn.ReLU()) if skip is None else norm_relu(x, norm, nn.ReLU(), skip)
+
+
+def watch(module: nn.Module) -> nn.Module:
+    """Every module in it has a hook, and is called therefore."""
+    for part in module.modules():
+        part.register_forward_hook(lambda *_: None)
+    return module
 
 
 def batch_norm(channels: int, dtype: torch.dtype = torch.float32, **options: object) -> nn.BatchNorm2d:
@@ -66,7 +76,7 @@ def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch
             m.train(mode != "frozen")
         for _ in range(2):  # the second time on statistics that have changed
             names = operators(monkeypatch)
-            result = everything(norm_relu(x, module, nn.ReLU(), skip), module, *inputs)
+            result = everything(run(x, module, skip), module, *inputs)
             assert names == ["norm_forward", "norm_backward"]
             plain = other(x) if skip is None else other(x) + skip
             assert_alike(result, everything(plain.relu(), other, *inputs), TOLERANCE[dtype])
@@ -81,7 +91,7 @@ def test_derivatives_of_batch_norm_and_relu(training, residual):
     skip = image(2, 3, 2, 2, dtype=torch.float64) if residual else None
 
     def function(x: Tensor, weight: Tensor, bias: Tensor, *skip: Tensor) -> Tensor:
-        return norm_relu(x, module, nn.ReLU(), *skip)
+        return run(x, module, *skip)
 
     inputs = (x, *module.parameters()) if skip is None else (x, *module.parameters(), skip)
     assert torch.autograd.gradcheck(function, inputs)
@@ -92,7 +102,7 @@ def test_a_large_mean_takes_nothing_from_the_variance():
     torch.manual_seed(0)
     x = (image(8, 16, 20, 20) + 3e4).detach().requires_grad_()
     module = batch_norm(16)
-    result = norm_relu(x, module, nn.ReLU())
+    result = run(x, module)
     expected = nn.functional.batch_norm(
         x.double(), None, None, module.weight.double(), module.bias.double(), True
     ).relu()
@@ -104,9 +114,9 @@ def test_nan_stays_nan_and_one_value_is_an_error():
     module = batch_norm(4).eval()
     x = image(2, 4, 3, 3)
     x.data[0, 0, 0, 0] = torch.nan
-    assert norm_relu(x, module, nn.ReLU()).isnan().sum() == 1
+    assert run(x, module).isnan().sum() == 1
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        norm_relu(image(1, 4, 1, 1), module.train(), nn.ReLU())
+        run(image(1, 4, 1, 1), module.train())
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -127,9 +137,7 @@ def test_a_layer_in_training(dtype, stride, instruction_set, monkeypatch):
         names = operators(monkeypatch)
         result = everything(layer(x), layer, x)
         assert names[-1] == "pointwise_backward"
-        with monkeypatch.context() as patch:
-            patch.setattr(BottleneckGeneration, "runs_with", lambda *_: False)
-            expected = everything(other(x), other, x)
+        expected = everything(watch(other)(x), other, x)
         assert names.count("pointwise_backward") == 1
         assert_alike(result, expected, TOLERANCE[dtype])
 
@@ -139,9 +147,9 @@ def test_derivatives_of_a_layer():
     layer = Involution2d(16, 3, 2, group_channels=8).double()
     x = image(2, 16, 3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.parameters()))
-    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    small = Involution2d(16, 3, 2, reduction_ratio=8).double()
+    x = image(1, 16, 3, 2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(lambda x, *_: small(x), (x, *small.parameters()))
 
 
 def test_a_layer_keeps_neither_kernels_nor_the_hidden_tensor():
@@ -179,30 +187,23 @@ def test_it_leaves_the_modules_to_others(other, monkeypatch):
         layer.kernel_generation.norm = nn.BatchNorm2d(8, track_running_stats=False)
     names = operators(monkeypatch)
     if other == "functorch":
-        assert torch.func.grad(lambda x: norm_relu(x, batch_norm(32), nn.ReLU()).sum())(x).shape == x.shape
+        assert torch.func.grad(lambda x: run(x, batch_norm(32)).sum())(x).shape == x.shape
     else:
-        watch = FlopCounterMode(display=False) if other == "mode" else contextlib.nullcontext()
-        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), watch:
-            norm_act(layer(x), nn.BatchNorm2d(32, dtype=x.dtype), nn.ReLU(), nn.Identity())
+        mode = FlopCounterMode(display=False) if other == "mode" else contextlib.nullcontext()
+        with torch.autocast("cpu", torch.bfloat16, enabled=other == "autocast"), mode:
+            run(layer(x), nn.BatchNorm2d(32, dtype=x.dtype))
     if handle is not None:
         handle.remove()
     assert not [name for name in names if name.startswith("norm") and other not in ("no statistics", "hook", "wrapped")]
     assert "pointwise_backward" not in names
 
 
-def test_a_training_step_of_a_model_in_channels_last(monkeypatch):
+def test_a_training_step_of_a_model_in_channels_last():
     torch.manual_seed(0)
     for name in ("rednet26", "resnet26"):
-        model = (
-            create_model(name, num_classes=4, zero_init_residual=False).to(memory_format=torch.channels_last).double()
-        )
-        images = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
-        losses, gradients = [], []
-        for supported in (norm.supports, lambda *_: False):
-            monkeypatch.setattr(norm, "supports", supported)
-            step = copy.deepcopy(model)
-            losses.append(step(images).square().mean())
-            losses[-1].backward()
-            gradients.append([p.grad for p in step.parameters()] + list(step.buffers()))
-        torch.testing.assert_close(*losses)
-        torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
+        model = create_model(name, num_classes=4, zero_init_residual=False)
+        model = model.to(memory_format=torch.channels_last).double()
+        images = image(2, 3, 64, 64, dtype=torch.float64)
+        together, one_by_one = copy.deepcopy(model), watch(copy.deepcopy(model))
+        results = [everything(m(images), m, images) for m in (together, one_by_one)]
+        torch.testing.assert_close(*results, rtol=1e-6, atol=1e-9)

@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
-from involution.checks import check_positive, unknown_name
-from involution.remake import norm_relu
+from involution.checks import NotScripted, check_positive, unknown_name
+from involution.sequence import norm_relu, sequence
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -36,9 +35,7 @@ class ConvolutionStem(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.act1(self.bn1(self.conv1(x)))
-        return norm_relu(self.conv1(x), self.bn1, self.act1)
+        return sequence(x, self.conv1, self.bn1, self.act1)
 
 
 class Bottleneck(nn.Module):
@@ -62,21 +59,12 @@ class Bottleneck(nn.Module):
             )
         self.act3 = nn.ReLU(inplace=True)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The three convolutions, up to the last BatchNorm."""
-        if torch.jit.is_scripting():
-            y = self.conv2(self.act1(self.bn1(self.conv1(x))))
-            return self.conv3(self.act2(self.bn2(y)))
-        y = self.conv2(norm_relu(self.conv1(x), self.bn1, self.act1))
-        return self.conv3(norm_relu(y, self.bn2, self.act2))
-
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.act3(self.bn3(self.branch(x)) + self.downsample(x))
-        return norm_relu(self.branch(x), self.bn3, self.act3, self.downsample(x))
+        branch = sequence(x, self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.act2, self.conv3)
+        return norm_relu(branch, self.bn3, self.act3, skip=self.downsample(x))
 
 
-class BottleneckNetwork(nn.Module):
+class BottleneckNetwork(NotScripted, nn.Module):
     """Stem, max pooling, four stages of bottlenecks, average pooling, linear classifier.
 
     Args:
@@ -91,11 +79,11 @@ class BottleneckNetwork(nn.Module):
     ``feature_info`` lists the five levels of a feature pyramid: module name, channels and stride.
     """
 
-    if TYPE_CHECKING:  # torch.jit.script cannot have annotated submodules
-        layer1: nn.Sequential
-        layer2: nn.Sequential
-        layer3: nn.Sequential
-        layer4: nn.Sequential
+    num_classes: int
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
 
     def __init__(
         self,

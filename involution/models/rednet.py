@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from involution.checks import check_odd, check_positive
 from involution.layers import Involution2d
 from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
-from involution.remake import norm_act, norm_relu
+from involution.sequence import sequence
 
 
 class InvolutionStem(nn.Module):
@@ -34,24 +33,9 @@ class InvolutionStem(nn.Module):
         self.bn3 = nn.BatchNorm2d(STAGE_WIDTHS[0])
         self.act3 = nn.ReLU(inplace=True)
 
-    def branch(self, x: Tensor) -> Tensor:
-        """The three layers, up to the last BatchNorm."""
-        if torch.jit.is_scripting():
-            y = self.conv2(self.act1(self.bn1(self.conv1(x))))
-            return self.conv3(self.act2(self.bn2(y)))
-        y = norm_act(self.conv1(x), self.bn1, self.act1, self.conv2)
-        return norm_act(y, self.bn2, self.act2, self.conv3)
-
     def forward(self, x: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            return self.act3(self.bn3(self.branch(x)))
-        return norm_relu(self.branch(x), self.bn3, self.act3)
-
-
-class InvolutionBottleneck(Bottleneck):
-    """A bottleneck that in training keeps each of its two activations only once (``involution.remake``)."""
-
-    branch = InvolutionStem.branch
+        layers = self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.act2, self.conv3, self.bn3, self.act3
+        return sequence(x, *layers)
 
 
 class RedNet(BottleneckNetwork):
@@ -98,7 +82,7 @@ class RedNet(BottleneckNetwork):
             stem_module = ConvolutionStem(in_chans)
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
-        block = partial(InvolutionBottleneck, spatial=spatial)
+        block = partial(Bottleneck, spatial=spatial)
         super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual)
 
 

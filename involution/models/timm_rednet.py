@@ -21,7 +21,7 @@ from involution.models.rednet import RedNet
 from involution.weights import open_weights, to_ours
 from involution.weights.published import PUBLISHED
 
-register_notrace_module(Involution2d)  # torch.fx keeps the layer whole: its checks look at shapes
+register_notrace_module(Involution2d)  # timm's torch.fx graphs keep the layer whole: it runs as one operator then
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -77,12 +77,9 @@ class TimmRedNet(RedNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Images -> features of the last stage (B, 2048, H/32, W/32)."""
         x = self.maxpool(self.stem(x))
-        if torch.jit.is_scripting():  # knows no getattr
-            return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        else:
-            for name in STAGES:
-                x = self._stage(name, x)
-            return x
+        for name in STAGES:
+            x = self._stage(name, x)
+        return x
 
     def forward_intermediates(
         self,

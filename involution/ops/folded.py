@@ -11,10 +11,13 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho W
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import backends, cpu
 from .functional import span_involution2d
 from .shapes import empty_output, output_hw
+from .standard import exporting
+from .transforms import active
 
 PANEL = 32  # columns of a packed panel (csrc/fused.h)
 
@@ -81,4 +84,13 @@ def _fake(
     return empty_output(input, input.shape[1], *output_hw(input, kernel_size, stride, padding, dilation))
 
 
-operator = torch.ops.involution.folded_involution2d.default
+def folded_involution2d(
+    input: Tensor, packed: Tensor, hidden: int, groups: int, kernel_size: int, stride: int, dilation: int
+) -> Tensor:
+    """The operator, or what it stands for where it has no kernel, no derivative or does not exist."""
+    options = hidden, groups, kernel_size, stride, dilation
+    if has_torch_function((input, packed)):
+        return handle_torch_function(folded_involution2d, (input, packed), input, packed, *options)
+    differentiated = torch.is_grad_enabled() and (input.requires_grad or packed.requires_grad)
+    standing_in = differentiated or input.device.type != "cpu" or exporting() or active()
+    return (composed if standing_in else torch.ops.involution.folded_involution2d)(input, packed, *options)

@@ -4,12 +4,15 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho W
 kernel generator.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from . import registration  # noqa: F401  (defines torch.ops.involution)
+from . import composed, registration, standard  # noqa: F401  (registration defines torch.ops.involution)
 from .shapes import output_hw
-from .transforms import apply
+from .transforms import active, apply
 
 
 def involution2d(
@@ -30,6 +33,11 @@ def involution2d(
     Raises:
         ValueError: a shape, type, device or option does not fit.
     """
+    if has_torch_function((input, kernel)):  # subclasses, modes, and torch.fx, which writes the call down
+        window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+        return handle_torch_function(involution2d, (input, kernel), input, kernel, **window)
+    if standard.exporting():  # no checks: sizes are symbols there
+        return standard.involution2d(input, kernel, stride, _same(padding, kernel.shape[2], dilation), dilation)
     if kernel.dim() != 6 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"kernel has shape {tuple(kernel.shape)}; it should be (B, G, K, K, Ho, Wo)")
     padding = _check_options(input, kernel.shape[2], stride, padding, dilation)
@@ -60,6 +68,11 @@ def neighbourhood_product(
     Raises:
         ValueError: a shape, type, device or option does not fit.
     """
+    if has_torch_function((query, key)):
+        options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
+        return handle_torch_function(neighbourhood_product, (query, key), query, key, kernel_size, **options)
+    if standard.exporting():
+        return standard.neighbourhood_product(query, key, kernel_size, groups, stride, dilation)
     padding = _check_options(key, kernel_size, stride, None, dilation, name="key")
     if groups < 1 or key.shape[1] % groups != 0:
         raise ValueError(f"groups is {groups}; it should divide the C = {key.shape[1]} channels of key")
@@ -99,6 +112,12 @@ def span_involution2d(
     Raises:
         ValueError: a shape, type, device or option does not fit.
     """
+    tensors = input, reduced, weight, bias
+    window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
+    if has_torch_function(tensors):
+        return handle_torch_function(span_involution2d, tensors, *tensors, kernel_size, **window)
+    if standard.exporting() or active():
+        return involution2d(input, composed.span_kernel(reduced, weight, bias, kernel_size), **window)
     padding = _check_options(input, kernel_size, stride, padding, dilation)
     _check_span(input, reduced, weight, bias, kernel_size)
     height, width = output_hw(input, kernel_size, stride, padding, dilation)
@@ -108,6 +127,11 @@ def span_involution2d(
             f"({input.shape[0]}, R, {height}, {width})"
         )
     return torch.ops.involution.span_involution2d(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
+
+
+def _same(padding: int | None, kernel_size: int, dilation: int) -> int:
+    """The padding; by default that of windows centred on their pixels."""
+    return dilation * (kernel_size - 1) // 2 if padding is None else padding
 
 
 def _check_options(
@@ -123,8 +147,7 @@ def _check_options(
     for name, value in (("stride", stride), ("dilation", dilation)):
         if value < 1:
             raise ValueError(f"{name} is {value}; it should be at least 1")
-    if padding is None:
-        padding = dilation * (kernel_size - 1) // 2
+    padding = _same(padding, kernel_size, dilation)
     if padding < 0:
         raise ValueError(f"padding is {padding}; it should be 0 or more")
     if min(output_hw(input, kernel_size, stride, padding, dilation)) < 1:

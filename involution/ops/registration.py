@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, bilinear, composed  # noqa: F401  (bilinear defines the plain operators)
+from . import backends, bilinear, composed, differentiable  # noqa: F401  (bilinear defines the plain operators)
 from .shapes import empty_output, nothing, output_hw, placed
 
 _OPERATORS = ("involution2d", "span_involution2d", "neighbourhood_product")
@@ -101,6 +101,9 @@ def _span_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _span_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if differentiable.again():
+        output = differentiable.span_involution2d(*ctx.saved_tensors, *ctx.options)
+        return (*differentiable.gradients(output, grad, *ctx.saved_tensors), None, None, None, None)
     grads = torch.ops.involution.span_involution2d_backward(grad, *ctx.saved_tensors, *ctx.options)
     needed = (g if needs else None for g, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
     return (*needed, None, None, None, None)

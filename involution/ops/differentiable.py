@@ -1,0 +1,30 @@
+"""Second and higher derivatives of the operators that compute their first in one piece.
+
+Their backwards ask ``again()``; if so they write down what they stand for in operators that can be differentiated any
+number of times, and differentiate that.
+"""
+
+import torch
+from torch import Tensor
+
+from . import composed, transforms
+
+
+def again() -> bool:
+    """Whether the backward that runs is to be differentiated itself (``create_graph``). Compilers trace backwards with
+    gradients on, but want the operators."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not torch._C._len_torch_dispatch_stack()
+
+
+def span_involution2d(
+    input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, *window: int
+) -> Tensor:
+    """The fused operator by the plain one; window: stride, padding, dilation."""
+    return transforms.apply("involution2d", input, composed.span_kernel(reduced, weight, bias, kernel_size), *window)
+
+
+def gradients(output: Tensor, grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """The gradients of ``inputs``, with graphs of their own; None for those that need none."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

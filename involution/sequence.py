@@ -1,0 +1,58 @@
+"""Layers one after the other, as ``nn.Sequential`` runs them; in training on the CPU some run together.
+
+There a BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual too. Next to an involution
+the layer behind the two joins them, and what it sees is not kept for the backward, but made again
+(``ops/recompute.py``). The numbers are those of the modules. Wherever anybody watches or changes a module
+(``unwatched.py``), and on other devices, layouts and types, the modules run one by one.
+"""
+
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from involution.layers import Involution2d
+from involution.ops import norm, recompute
+from involution.unwatched import as_it_seems, nobody_watches
+
+
+def sequence(x: Tensor, *modules: nn.Module) -> Tensor:
+    """``modules[-1](... modules[1](modules[0](x)))``."""
+    together, i = _may_run_together(), 0
+    while i < len(modules):
+        first, (second, third) = modules[i], (*modules[i + 1 : i + 3], None, None)[:2]
+        if not (together and _norm_and_relu(first, second) and norm.supports(x, first)):
+            x, i = first(x), i + 1
+            continue
+        at_involution = isinstance(third, Involution2d) or (i > 0 and isinstance(modules[i - 1], Involution2d))
+        step = _step(third, x) if at_involution else None
+        x, i = (norm.norm_relu(x, first), i + 2) if step is None else (recompute.run(x, step, first), i + 3)
+    return x
+
+
+def norm_relu(x: Tensor, batch_norm: nn.Module, act: nn.Module, skip: Tensor) -> Tensor:
+    """``act(batch_norm(x) + skip)``, all of (B, C, H, W)."""
+    if _may_run_together() and _norm_and_relu(batch_norm, act) and norm.supports(x, batch_norm, skip):
+        return norm.norm_relu(x, batch_norm, skip)
+    return act(batch_norm(x) + skip)
+
+
+def _may_run_together() -> bool:
+    return torch.is_grad_enabled() and nobody_watches()
+
+
+def _norm_and_relu(batch_norm: nn.Module, act: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
+    return act is not None and as_it_seems(batch_norm, nn.BatchNorm2d) and as_it_seems(act, nn.ReLU)
+
+
+def _step(layer: nn.Module | None, x: Tensor) -> recompute.Step | None:
+    """The layer behind BatchNorm and ReLU as part of their operator; None for one that is to be called."""
+    if isinstance(layer, Involution2d):
+        return layer.training_step(x) if as_it_seems(layer, Involution2d) else None
+    if not isinstance(layer, nn.Conv2d) or not as_it_seems(layer, nn.Conv2d) or torch.is_autocast_enabled("cpu"):
+        return None
+    fits = layer.in_channels == x.shape[1] and all(p.dtype == x.dtype for p in layer.parameters())
+    if not fits or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return None
+    options = recompute.Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)
+    return recompute.Step(options, (layer.weight, layer.bias))

@@ -1,0 +1,55 @@
+"""Whether modules may run as one operator: each is exactly what it seems, and nobody has a say in how it runs.
+
+Hooks, pruning, adapters, parametrisations, observers, wrappers and subclasses work on modules that are called;
+counters, compilers, exporters, function transforms watch the calls. Every road that does not call a module asks here.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from involution.ops import transforms
+
+_CALL = nn.Module.__call__
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RUN_BY = ("forward", "__call__", "_call_impl", "_compiled_call_impl", "_conv_forward")
+
+
+def as_it_seems(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling ``module`` runs the forward of ``kind``, on its own parameters and buffers, and nothing else."""
+    return type(module) is kind and _as_written(kind) and unchanged(module)
+
+
+def unchanged(module: nn.Module) -> bool:
+    """No hooks, no wrapped call, and plain parameters and buffers: no pruning, no weight norm, no functional_call."""
+    own = module.__dict__
+    return (
+        not any(own[name] for name in _HOOKS)
+        and not any(name in own for name in _RUN_BY)
+        and all(p is None or type(p) is nn.Parameter for p in own["_parameters"].values())
+        and all(b is None or type(b) is Tensor for b in own["_buffers"].values())
+    )
+
+
+def _as_written(kind: type[nn.Module]) -> bool:
+    """Whether nobody has put another ``forward`` into the class: it comes from the class's own module."""
+    return getattr(kind.forward, "__globals__", {}).get("__name__") == kind.__module__
+
+
+def calls_are_free() -> bool:
+    """Whether no hook of all modules and no tracer is to see the calls of modules."""
+    return nn.Module.__call__ is _CALL and not _has_any_global_hook()
+
+
+def nobody_watches() -> bool:
+    """Whether operators may run together that someone could want to see, keep or transform one by one: compilers,
+    tracers, function transforms, modes, hooks of all modules, activation checkpointing."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or not calls_are_free()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or transforms.active()
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    )
