@@ -1,17 +1,19 @@
 """Models made faster for inference: BatchNorm in the layers in front of it, an involution layer as one operator."""
 
 import copy
-import itertools
+import warnings
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from involution.calls import Calls
 from involution.checks import NotScripted
 from involution.kernel_generation import BottleneckGeneration
 from involution.layers import Involution2d
 from involution.ops import folded
+from involution.unwatched import as_it_seems
 
 
 class FoldedInvolution2d(NotScripted, nn.Module):
@@ -43,26 +45,44 @@ class FoldedInvolution2d(NotScripted, nn.Module):
 def fold(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, in evaluation mode, with the same outputs but for rounding.
 
-    Every convolution takes up the BatchNorm right behind it; an ``Involution2d`` of the default kernel generation takes
-    up BatchNorm and ReLU and becomes one operator. "Right behind" is the order in which a module registered its
-    children, as in our models and in ``nn.Sequential``. Fold first, compile then: ``torch.compile(fold(model))``.
+    A convolution takes up the BatchNorm that alone reads its output; an ``Involution2d`` of the default kernel
+    generation takes up BatchNorm and ReLU and becomes one operator. Who reads whose output is seen by ``torch.fx``, for
+    calls with the required arguments alone. Modules that are called twice, hooked, parametrised or otherwise changed
+    stay as they are, and so does a model that torch.fx cannot trace, with a warning. Fold first, compile then:
+    ``torch.compile(fold(model))``.
     """
     model = copy.deepcopy(model).eval()
-    for module in list(model.modules()):
-        children = list(module.named_children())
-        for (name, layer), (norm_name, norm) in itertools.pairwise(children):
-            if isinstance(layer, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, name, fuse_conv_bn_eval(layer, norm))
-                setattr(module, norm_name, nn.Identity())
-        for (name, layer), (norm_name, norm), (act_name, act) in zip(
-            children, children[1:], children[2:], strict=False
-        ):
-            if _generates(layer) and isinstance(norm, nn.BatchNorm2d) and isinstance(act, nn.ReLU):
-                setattr(module, name, FoldedInvolution2d(cast("Involution2d", layer), norm))
-                setattr(module, norm_name, nn.Identity())
-                setattr(module, act_name, nn.Identity())
+    try:
+        calls = Calls(model)
+        found = _replaced(model, calls)
+        if Calls(found, (Involution2d, FoldedInvolution2d)).order() == calls.order():
+            return found
+        reason = "it calls other modules once some are replaced"
+    except Exception as error:  # whatever a forward does with symbolic values
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    warnings.warn(
+        f"{type(model).__name__} is not folded: torch.fx cannot tell the order of its layers ({reason}); fold parts of "
+        "it, as in model.backbone = fold(model.backbone)",
+        stacklevel=2,
+    )
     return model
 
 
-def _generates(layer: nn.Module) -> bool:
-    return isinstance(layer, Involution2d) and isinstance(layer.kernel_generation, BottleneckGeneration)
+def _replaced(model: nn.Module, calls: Calls) -> nn.Module:
+    """A copy with every replacement under each of the names of what it stands for."""
+    found: dict[nn.Module, nn.Module] = {}
+    for layer, norm, act in calls.chains():
+        if isinstance(layer, nn.Conv2d) and as_it_seems(layer, nn.Conv2d):
+            found |= {layer: fuse_conv_bn_eval(layer, norm), norm: nn.Identity()}
+        elif isinstance(layer, Involution2d) and act is not None and norm.affine and _as_built(layer):
+            found |= {layer: FoldedInvolution2d(layer, norm), norm: nn.Identity()}
+            if calls.once(act):  # another one stays: a ReLU twice is a ReLU
+                found[act] = nn.Identity()
+    return copy.deepcopy(model, {id(module): other for module, other in found.items()})
+
+
+def _as_built(layer: Involution2d) -> bool:
+    generation = layer.kernel_generation
+    if not as_it_seems(layer, Involution2d) or not isinstance(generation, BottleneckGeneration):
+        return False
+    return generation.as_built(layer.stride) and generation.norm.running_mean is not None

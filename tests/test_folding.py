@@ -1,6 +1,7 @@
 """fold(): the same outputs, by fewer and faster operators."""
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -85,6 +86,90 @@ def test_what_cannot_be_folded_stays():
         assert isinstance(quick[0], Involution2d)
         assert isinstance(quick[1], nn.BatchNorm2d)
         torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """Layers for forwards of all kinds; ``run`` says what they do."""
+
+    def __init__(self, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn, self.act = nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+        self.inv, self.bn2, self.conv2 = Involution2d(32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 1)
+        self.again, self.in_a_list, self.run = nn.ModuleList([self.conv]), [self.bn], run
+
+    def forward(self, x: Tensor, last: bool = True) -> Tensor:
+        return self.run(self, x)
+
+
+def with_a_side_exit(m: Parts, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return m.bn(y) + y
+
+
+def on_other_data(m: Parts, x: Tensor) -> Tensor:
+    m.kept = m.conv(x)
+    return m.bn(x * 2) + m.kept
+
+
+FORWARDS: dict[str, tuple[Callable[[Parts, Tensor], Tensor], bool]] = {  # and whether something is folded
+    "in order": (lambda m, x: m.act(m.bn(m.conv(x))), True),
+    "an involution": (lambda m, x: m.act(m.bn2(m.inv(x))), True),
+    "one ReLU for all": (lambda m, x: m.conv2(m.act(m.bn2(m.inv(m.act(m.bn(m.conv(x))))))), True),
+    "by other names": (lambda m, x: m.in_a_list[0](m.again[0](x)), True),
+    "BatchNorm first": (lambda m, x: m.conv(m.act(m.bn(x))), False),
+    "twice": (lambda m, x: m.bn(m.conv(m.bn(m.conv(x)))), False),
+    "BatchNorm of two": (lambda m, x: m.bn(m.conv(x)) + m.bn(m.conv2(x)), False),
+    "an involution twice": (lambda m, x: m.act(m.bn2(m.inv(m.inv(x)))), False),
+    "a side exit": (with_a_side_exit, False),
+    "on other data": (on_other_data, False),
+    "its weight elsewhere": (lambda m, x: m.bn(m.conv(x)) + nn.functional.conv2d(x, m.conv.weight, padding=1), False),
+    "its statistics elsewhere": (lambda m, x: m.bn(m.conv(x)) + m.bn.running_mean.sum(), False),
+    "something between": (lambda m, x: m.act(m.bn2(m.inv(x) * 2)), False),
+    "as the data say": (lambda m, x: m.bn(m.conv(x)) if x.sum() > 0 else m.conv(m.bn(x)), False),
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Parts is not folded")
+@pytest.mark.parametrize("kind", FORWARDS)
+def test_the_order_is_that_of_the_forward(kind):
+    torch.manual_seed(0)
+    run, folds = FORWARDS[kind]
+    model, x = settled(Parts(run)), torch.randn(2, 32, 9, 8)
+    quick = fold(model)
+    torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-4)
+    kinds = [type(m) for m in model.modules()], [type(m) for m in quick.modules()]
+    assert (kinds[0] != kinds[1]) == folds
+    assert not any(isinstance(value, torch.fx.Proxy) for value in vars(quick).values())
+
+
+def test_a_model_that_cannot_be_traced_is_named():
+    with pytest.warns(UserWarning, match="Parts is not folded: torch.fx cannot tell .* model.backbone = fold"):
+        fold(settled(Parts(FORWARDS["as the data say"][0])))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["hook", "weight norm", "subclass", "no statistics", "bias of the generator"])
+def test_layers_that_are_not_what_they_seem_stay(change):
+    torch.manual_seed(0)
+    model, x = (
+        settled(nn.Sequential(nn.Conv2d(32, 32, 1), nn.BatchNorm2d(32), *layers(32, 3))),
+        torch.randn(2, 32, 6, 5),
+    )
+    if change == "hook":
+        model[0].register_forward_hook(lambda m, i, o: o * 2)
+        model[2].kernel_generation.span.register_forward_hook(lambda m, i, o: o * 2)
+    elif change == "weight norm":
+        nn.utils.parametrizations.weight_norm(model[0])
+        nn.utils.parametrizations.weight_norm(model[2].kernel_generation.reduce)
+    elif change == "subclass":
+        model[0].__class__ = type("Doubled", (nn.Conv2d,), {"forward": lambda m, x: 2 * nn.Conv2d.forward(m, x)})
+        model[2].__class__ = type("Tripled", (Involution2d,), {"forward": lambda m, x: 3 * Involution2d.forward(m, x)})
+    elif change == "no statistics":
+        model[1], model[3] = (nn.BatchNorm2d(32, track_running_stats=False).eval() for _ in range(2))
+    else:
+        model[2].kernel_generation.reduce = nn.Conv2d(32, 8, 1)
+    torch.testing.assert_close(fold(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_gradient_of_the_input_and_nan_come_through():

@@ -1,0 +1,87 @@
+"""Which layers a model's forward calls, how often, and which of them reads whose output: told by ``torch.fx``."""
+
+import copy
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from involution.layers import Involution2d
+from involution.unwatched import as_it_seems
+
+
+class _Tracer(fx.Tracer):
+    """Calls of torch's layers and of ``leaves``; notes the tensors that are read without calling their module."""
+
+    def __init__(self, leaves: tuple[type[nn.Module], ...]) -> None:
+        super().__init__()
+        self.leaves = leaves
+        self.read: set[int] = set()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, self.leaves) or super().is_leaf_module(m, module_qualified_name)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, Tensor):
+            self.read.add(id(attr_val))
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+class Calls:
+    """The calls of ``model(...)`` with its required arguments alone, in the mode that it is in.
+
+    Raises:
+        Exception: of any kind, if the forward cannot be run on symbolic values.
+    """
+
+    def __init__(self, model: nn.Module, leaves: tuple[type[nn.Module], ...] = (Involution2d,)) -> None:
+        self.model = model
+        self.probe = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # its forward may keep what it sees
+        self.tracer = _Tracer(leaves)
+        optional = {
+            name: p.default
+            for name, p in inspect.signature(self.probe.forward).parameters.items()
+            if isinstance(p.default, (bool, int, float, str, type(None)))
+        }
+        with torch.no_grad():
+            graph = self.tracer.trace(self.probe, concrete_args=optional)
+        self.nodes = list(graph.nodes)
+        self.times = Counter(node.target for node in self.nodes if node.op == "call_module")
+
+    def order(self) -> list[tuple[str, ...]]:
+        """What is called on what, to be compared with another model's."""
+        return [(node.op, str(node.target), str(node.args), str(node.kwargs)) for node in self.nodes]
+
+    def once(self, module: nn.Module) -> bool:
+        """Whether it is called once, and its tensors are not used in any other way."""
+        path = next(path for path, other in self.model.named_modules() if other is module)
+        probe = self.probe.get_submodule(path)
+        tensors = *probe.parameters(), *probe.buffers()
+        return self.times[path] == 1 and not any(id(tensor) in self.tracer.read for tensor in tensors)
+
+    def chains(self) -> Iterator[tuple[nn.Module, nn.BatchNorm2d, nn.ReLU | None]]:
+        """A layer, the BatchNorm in evaluation mode that alone reads its output, and the ReLU that alone reads that, if
+        there is one. The first two are called once."""
+        for node in self.nodes:
+            norm_node = _reader(node)
+            act_node = _reader(norm_node) if norm_node is not None else None
+            layer, norm, act = (self._module(n) if n is not None else None for n in (node, norm_node, act_node))
+            if layer is None or not isinstance(norm, nn.BatchNorm2d) or not as_it_seems(norm, nn.BatchNorm2d):
+                continue
+            if norm.running_mean is None or norm.training or not (self.once(layer) and self.once(norm)):
+                continue
+            yield layer, norm, act if isinstance(act, nn.ReLU) and as_it_seems(act, nn.ReLU) else None
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def _reader(node: fx.Node) -> fx.Node | None:
+    """The one module call that reads a node's output as its only argument, if nobody else does."""
+    readers = list(node.users)
+    if len(readers) != 1 or readers[0].op != "call_module":
+        return None
+    return readers[0] if readers[0].args == (node,) and not readers[0].kwargs else None
