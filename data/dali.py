@@ -22,7 +22,7 @@ from data.decode import BadImageError, decode
 from data.loader import Loaded, Settings, arrange
 from data.plain import plain_size
 from data.sampling import MicroBatch
-from data.transforms import cut
+from data.transforms import TrainTransform, cut
 
 QUEUE = 4  # batches DALI prepares ahead: 18 % faster than 2 on a busy 2-core machine
 READERS = 8  # threads that read files
@@ -113,7 +113,11 @@ class DaliBackend:
         settings = self.settings
         gpu = settings.device.type == "cuda"
         mixed = gpu and settings.decoder == "mixed"
-        hints: Any = {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING} if mixed else {}
+        hints: Any = {}
+        if mixed:
+            hints["jpeg_fancy_upsampling"] = True  # of chroma, as libjpeg does it on the CPU
+        if mixed and isinstance(settings.transform, TrainTransform):  # evaluations are short: their buffers may grow
+            hints |= {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING}
         pipe = Pipeline(
             batch_size,
             num_threads=max(1, settings.workers),
@@ -137,7 +141,7 @@ class DaliBackend:
             if self.resize:
                 low, high, size, mirror = rest
                 pixels = fn.resize(
-                    pixels,
+                    pixels.gpu() if gpu and not mixed else pixels,
                     size=size,
                     roi_start=low,
                     roi_end=high,
@@ -145,7 +149,7 @@ class DaliBackend:
                     antialias=True,
                     subpixel_scale=False,
                 )
-                pixels = fn.flip(pixels.gpu() if gpu else pixels, horizontal=mirror)
+                pixels = fn.flip(pixels, horizontal=mirror)
             pipe.set_outputs(pixels)
         pipe.build()
         return pipe

@@ -6,6 +6,7 @@ height, width) in pixels.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -117,6 +118,15 @@ def cut(image: Image.Image, transform: Transform, draw: Sequence[float]) -> torc
     return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
 
 
+@lru_cache(maxsize=16)  # copied to a GPU once: a copy in every step would wait for the step before
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], width: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a row of `width` pixels."""
+    center, spread = (torch.tensor(values, device=device) for values in (mean, std))
+    return (1 / (255 * spread)).repeat(width), (-center / spread).repeat(width)
+
+
 def normalise(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
     """(b, S, S, 3) in 8 bits -> (b, 3, S, S) of `dtype` in channels_last; mean and std in units of [0, 1].
 
@@ -127,8 +137,7 @@ def normalise(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float
         red, green, blue = pictures.int().unbind(3)
         pictures = ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16)[..., None]
     b, height, width, channels = pictures.shape
-    center, spread = (torch.tensor(list(values), device=pictures.device) for values in (mean, std))
-    scale, shift = (1 / (255 * spread)).repeat(width), (-center / spread).repeat(width)
+    scale, shift = _scale_and_shift(tuple(mean), tuple(std), width, pictures.device)
     rows = pictures.reshape(b, height, width * channels).float()
     torch.addcmul(shift, rows, scale, out=rows)
     return rows.to(dtype).view(b, height, width, channels).permute(0, 3, 1, 2)

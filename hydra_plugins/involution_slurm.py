@@ -59,6 +59,8 @@ class SlurmLauncher(SubmititLauncher):
         from submitit import AutoExecutor
 
         params = dict(self.params)
+        # srun does not inherit it (SLURM 22.05 and later): a rank would decode on one core
+        params["srun_args"] = [*(params["srun_args"] or []), f"--cpus-per-task={params['cpus_per_task']}"]
         executor = AutoExecutor(self.logs, cluster="slurm", slurm_max_num_timeout=params.pop("max_num_timeout"))
         executor.update_parameters(**{k if k in SHARED else f"slurm_{k}": value for k, value in params.items()})
         return [job.job_id for job in executor.map_array(self.program, jobs)]

@@ -18,12 +18,12 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 
-from scripts.kernels.compiled import ARCHITECTURES, Compiled, compile_launch
-from scripts.kernels.launches import Layer, launches, layers_of, networks
+from kernels.compiled import ARCHITECTURES, Compiled, compile_launch
+from kernels.launches import Layer, launches, layers_of, networks
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Case = tuple[str, Layer, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused

@@ -10,7 +10,7 @@ import torch
 
 from involution import create_model
 from scripts import check_kernels
-from scripts.kernels.launches import Layer, launches, layers_of
+from scripts.check_kernels import Layer, launches, layers_of
 
 triton = pytest.importorskip("triton")
 

@@ -18,7 +18,7 @@ from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
-from involution.engine.state import seed_everything
+from involution.engine.state import seed_everything, use_tf32
 from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
 from involution.models import without_weights
@@ -63,6 +63,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         _check_same_run(state, plain, train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
+    use_tf32(o.tf32)
     model: Any = create_model(**config.model if state is None else without_weights(config.model))
     if config.checkpoint is not None and state is None:
         start_from(model, config.checkpoint, config.data, train.class_names)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from involution.engine.errors import UserError
+from involution.engine.device import choose_device
 from involution.engine.peers import Peers
 
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
@@ -42,7 +42,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     _adopt_submitit()
     _adopt_slurm()
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    chosen = _choose_device(device, local_rank)
+    chosen = choose_device(device, local_rank, size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     # the watch over the ranks comes first and names who is missing; the collectives' own time-outs are its safety net
@@ -89,20 +89,6 @@ def part() -> None:
     gather_objects(None)
     if _peers is not None:
         _peers.stop()
-
-
-def _choose_device(device: str, local_rank: int) -> torch.device:
-    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device == "cpu" or (device == "auto" and not available):
-        return torch.device("cpu")
-    if not available:
-        raise UserError("device=cuda asks for a GPU, but torch sees none here; use device=cpu or device=auto")
-    if local_rank >= available:
-        raise UserError(
-            f"local rank {local_rank} has no GPU of its own: this machine has {available}. "
-            f"Start at most {available} processes here (--nproc-per-node={available})"
-        )
-    return torch.device("cuda", local_rank)
 
 
 def _port(job: str) -> str:

@@ -35,7 +35,8 @@ class Meter:
 
     def add(self, losses: Tensor, samples: float, bad: Tensor) -> None:
         """Add a step of this rank: its summed loss and parts (1 + P,), number of samples, whether it was skipped."""
-        n, losses = losses.new_tensor(samples).double(), losses.double()
+        losses = losses.double()
+        n = losses.new_full((), samples)  # filled on the device: a copy from the host would wait for it
         self.sums[:2] += torch.stack([losses[0], n]).where(~bad, 0)
         self.sums[2:4] += torch.stack([bad, n])
         if self.parts:

@@ -18,6 +18,7 @@ class TrainOptions:
     batch_size: int = MISSING
     label_smoothing: float = MISSING
     precision: str = MISSING
+    tf32: bool = MISSING
     compile: bool = MISSING
     channels_last: bool = MISSING
     sync_batchnorm: Any = MISSING  # a bool or "auto"

@@ -10,6 +10,12 @@ import torch
 from involution.engine.distributed import World
 
 
+def use_tf32(wanted: bool) -> None:
+    """Whether fp32 products on a GPU may round their factors to TF32: cuDNN's, cuBLAS's and those of our kernels."""
+    torch.backends.cudnn.allow_tf32 = wanted
+    torch.backends.cuda.matmul.allow_tf32 = wanted
+
+
 def seed_everything(seed: int, world: World, deterministic: bool) -> None:
     """Seed Python, NumPy and torch, and in deterministic mode choose repeatable algorithms."""
     random.seed(seed)

@@ -14,7 +14,7 @@ from torch import nn
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.distributed import Agreement, World, broadcast_buffers, gather_objects, part, progress
 from involution.engine.errors import Preempted
-from involution.engine.evaluate import evaluate
+from involution.engine.evaluate import autocast, evaluate
 from involution.engine.learner import Learner
 from involution.engine.meter import Meter
 from involution.engine.monitor import Monitor
@@ -211,7 +211,8 @@ class Trainer:
             model, self.val_loader, self.task.evaluation(), self.world, samples=self.val_size,
             precision=self.options.precision, channels_last=self.options.channels_last, on_batch=self.poll,
         )  # fmt: skip
-        self.monitor.evaluated(model, self.step)
+        with autocast(self.world.device, self.options.precision):  # other types would compile other kernels
+            self.monitor.evaluated(model, self.step)
         return scores
 
     def save(self, is_best: bool = False) -> None:

@@ -23,10 +23,10 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
 
-def _report(name: str, reason: str) -> None:
+def _report(name: str, reason: str, level: int = logging.DEBUG) -> None:
     if (name, reason) not in _reported:
         _reported.add((name, reason))
-        logger.debug("backend %s: %s", name, reason)
+        logger.log(level, "backend %s: %s", name, reason)
 
 
 def choose(input: Tensor, kernel: Tensor) -> ModuleType:
@@ -49,5 +49,6 @@ def choose(input: Tensor, kernel: Tensor) -> ModuleType:
         return backend
     if forced:
         raise ValueError(f"INVOLUTION_BACKEND={forced} cannot run here: {reason}; unset it to choose automatically")
-    _report("shifted", f"{name} cannot run: {reason}")
+    slow = input.device.type == "cuda"  # where it takes several times as long, and a user should know
+    _report("shifted", f"{name} cannot run: {reason}", logging.WARNING if slow else logging.DEBUG)
     return _load("shifted")

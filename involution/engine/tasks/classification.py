@@ -63,7 +63,7 @@ class Accuracy:
         targets = batch.targets[: batch.valid]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         sums = (cross_entropy(logits, targets, reduction="sum"), ranked[:, :1].sum(), ranked.sum())
-        counts = torch.stack([logits.new_tensor(batch.valid), *sums]).double()
+        counts = torch.stack([logits.new_full((), batch.valid), *sums]).double()
         self.counts = counts if self.counts is None else self.counts + counts
 
     def finish(self, world: World) -> dict[str, Any]:

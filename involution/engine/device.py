@@ -1,0 +1,54 @@
+"""The device of a rank, and why it is not the GPU that the machine has."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from involution.engine.errors import UserError
+
+log = logging.getLogger("involution")
+DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")  # where NVIDIA's driver shows
+
+
+def choose_device(device: str, local_rank: int, ranks: int) -> torch.device:
+    """This rank's device, for auto | cpu | cuda.
+
+    Raises:
+        UserError: there is no GPU for it, or several ranks would work on the CPU because of a driver.
+    """
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu":
+        return torch.device("cpu")
+    if not available:
+        problem = _unusable_gpu()
+        if device == "cuda":
+            raise UserError(problem or "device=cuda asks for a GPU, but torch sees none here; use device=cpu")
+        if problem and ranks > 1:
+            raise UserError(f"{problem}. If {ranks} ranks on the CPU are what you want, say so with device=cpu")
+        if problem:
+            log.warning("%s: training on the CPU", problem)
+        return torch.device("cpu")
+    if available == 1 and "SLURM_PROCID" in os.environ:  # a site that shows each task its own GPU alone
+        return torch.device("cuda", 0)
+    if local_rank >= available:
+        raise UserError(
+            f"local rank {local_rank} has no GPU of its own: this machine has {available}. "
+            f"Start at most {available} processes here (--nproc-per-node={available})"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _unusable_gpu() -> str:
+    """Why torch cannot use the NVIDIA GPU that this machine has; empty where there is none."""
+    if not any(Path(place).exists() for place in DRIVER):
+        return ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # a driver too old for these wheels, or a torch without CUDA
+        return f"there is an NVIDIA GPU here, but torch cannot use it: {str(error).strip().splitlines()[0]}"
+    return "there is an NVIDIA driver here, but no GPU that torch may use (CUDA_VISIBLE_DEVICES?)"

@@ -1,0 +1,56 @@
+"""Which device a rank takes, and what it says when that is not the GPU that the machine has."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from involution.engine import device
+from involution.engine.errors import UserError
+
+
+@pytest.fixture
+def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with NVIDIA's driver, where torch finds no GPU."""
+    (tmp_path / "version").write_text("NVRM version")
+    monkeypatch.setattr(device, "DRIVER", (str(tmp_path / "version"),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
+    driver: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "involution"):
+        assert device.choose_device("auto", 0, 1) == torch.device("cpu")
+    assert "NVIDIA" in caplog.text
+    with pytest.raises(UserError, match="device=cpu"):
+        device.choose_device("auto", 0, 2)
+    assert device.choose_device("cpu", 1, 2) == torch.device("cpu")
+
+
+def test_a_machine_without_a_gpu_trains_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(device, "DRIVER", ())
+    gpus(0, monkeypatch)
+    assert device.choose_device("auto", 1, 2) == torch.device("cpu")
+    assert not caplog.text
+    with pytest.raises(UserError, match="sees none"):
+        device.choose_device("cuda", 0, 1)
+
+
+def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(1, monkeypatch)
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    with pytest.raises(UserError, match="local rank 3 has no GPU"):
+        device.choose_device("auto", 3, 4)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert device.choose_device("auto", 3, 4) == torch.device("cuda", 0)
+    gpus(4, monkeypatch)
+    assert device.choose_device("auto", 3, 4) == torch.device("cuda", 3)
