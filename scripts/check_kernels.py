@@ -18,10 +18,10 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
-
 from kernels.compiled import ARCHITECTURES, Compiled, compile_launch
 from kernels.launches import Layer, launches, layers_of, networks
 
