@@ -36,19 +36,24 @@ class Scene(NamedTuple):
 
 
 def scenes(
-    split: str, count: int, shapes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),), apart: bool = False
+    split: str,
+    count: int,
+    shapes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),),
+    apart: bool = False,
+    only: Sequence[int] = range(10),
 ) -> Iterator[Scene]:
     """The first `count` scenes of "train" or "val".
 
     Args:
         shapes: (H, W) of the scenes, taken in turn.
         apart: leave out a digit that would hide more than a tenth of another.
+        only: the digits to draw from.
     """
     from sklearn.datasets import load_digits  # heavy, and needed only once
 
     digits = load_digits()
     mine = np.arange(len(digits.target)) % VAL_SHARE == 0
-    mine = np.flatnonzero(mine if split == "val" else ~mine)
+    mine = np.flatnonzero((mine if split == "val" else ~mine) & np.isin(digits.target, only))
     inks, labels = digits.images[mine] / 16, digits.target[mine]
     for number in range(count):
         shape = shapes[number % len(shapes)]

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+SCORES = {"val_top1": "top-1", "val_miou": "mIoU", "val_ap": "AP"}  # of the tasks
 Curve = list[tuple[int, list[float]]]  # epoch, the value of each run
 
 
@@ -59,9 +60,10 @@ def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for axis, key, title in zip(
-        axes, ("train_loss", "val_top1"), ("training loss", "validation top-1 (%)"), strict=True
-    ):
+    recorded = next(iter(groups.values()))[0][0]
+    score = next((key for key in SCORES if key in recorded), "val_top1")
+    titles = ("training loss", f"validation {SCORES[score]} (%)")
+    for axis, key, title in zip(axes, ("train_loss", score), titles, strict=True):
         for name, runs in groups.items():
             epochs, values = zip(*curve(runs, key))
             axis.plot(epochs, [mean(value) for value in values], marker=".", label=name)

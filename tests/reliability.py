@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from programs import Finished, finish, start
 
+from data.scenes import scenes
 from involution.weights.run_file import digest, read
 
 # 45 images in steps of 16 make 3 steps an epoch, the last one ragged; micro-batches of 4 make one rank accumulate 4
@@ -38,6 +39,18 @@ def write_images(root: Path, val: int = 18) -> Path:
             for i in range(each):
                 noisy = (blob + random.integers(-40, 41, blob.shape)).clip(0, 255).astype(np.uint8)
                 Image.fromarray(noisy).resize((40, 40), Image.Resampling.BICUBIC).save(folder / f"{i}.jpg")
+    return root
+
+
+def write_masks(root: Path) -> Path:
+    """Pictures of digits with masks that tell them from the ground: four to train on, two to validate."""
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True)
+        for i, (picture, digits) in enumerate(scenes(split, count)):
+            Image.fromarray(picture).save(root / split / "images" / f"{i}.jpg")
+            mask = np.any([digit.mask for digit in digits], 0).astype(np.uint8)
+            Image.fromarray(mask).save(root / split / "masks" / f"{i}.png")
     return root
 
 

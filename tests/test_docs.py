@@ -2,8 +2,9 @@
 
 Every ```bash and ```python block of README.md and docs/*.md has a comment line above it: `<!-- run -->` blocks are run
 here, in the order of the page, `<!-- needs: a GPU, ... -->` blocks are not. They run in a folder that holds what a
-reader has: the programs, the run of `make demo`, a photo.jpg, photos/train/<class>/ and photos/val/<class>/. To be
-quick, `train.py` gets QUICK at the end of its command, nothing else is changed.
+reader has: the programs, the run of `make demo`, a photo.jpg, photos/{train,val}/<class>/, and
+street/{train,val}/{images,masks}/. To be quick, `train.py` gets QUICK at the end of its command, nothing else is
+changed.
 """
 
 import os
@@ -15,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 from programs import ROOT
-from reliability import write_images
+from reliability import write_images, write_masks
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = "train.max_steps=2"
@@ -71,6 +72,7 @@ def folder(tmp_path_factory) -> Path:
     for name in ("train.py", "eval.py", "scripts"):
         (here / name).symlink_to(ROOT / name)
     write_images(here / "photos")
+    write_masks(here / "street")
     (here / "photo.jpg").write_bytes((here / "photos" / "val" / "a" / "0.jpg").read_bytes())
     finished = run([sys.executable, "train.py", "recipe=demo", QUICK], here)
     assert finished.returncode == 0, finished.stderr
