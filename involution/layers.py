@@ -73,9 +73,13 @@ class Involution2d(NotScripted, nn.Module):
         if torch.is_grad_enabled() and nobody_watches() and (step := self.training_step(x)) is not None:
             return recompute.run(x, step)
         if isinstance(generation, SpanGeneration) and generation.may_fuse():
-            span = generation.span
-            return span_involution2d(x, generation.hidden(x), span.weight, span.bias, self.kernel_size, **window)
-        kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
+            hidden, span = generation.hidden(x), generation.span
+            if all(type(t) in (Tensor, nn.Parameter) for t in (x, hidden)):  # subclasses may have a say in convolutions
+                return span_involution2d(x, hidden, span.weight, span.bias, self.kernel_size, **window)
+            kernel = span(hidden)
+        else:
+            kernel = generation(x)
+        kernel = kernel.unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
         return involution2d(x, kernel, **window)
 
     def training_step(self, x: Tensor) -> recompute.Step | None:

@@ -146,16 +146,6 @@ def test_strange_strides_and_expanded_gradients() -> None:
         )
 
 
-def test_empty_batch() -> None:
-    input = torch.randn(0, 8, 5, 7, requires_grad=True)
-    weight = torch.randn(18, 4, 1, 1, requires_grad=True)
-    assert involution2d(input, torch.randn(0, 2, 3, 3, 3, 4), stride=2).shape == (0, 8, 3, 4)
-    out = span_involution2d(input, torch.randn(0, 4, 5, 7), weight, None, 3)
-    out.sum().backward()
-    assert out.shape == input.shape
-    assert torch.equal(weight.grad, torch.zeros_like(weight))
-
-
 def test_activation_checkpointing() -> None:
     operands = _span_operands()
     function = partial(span_involution2d, kernel_size=3)

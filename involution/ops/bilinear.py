@@ -35,7 +35,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 @custom_op("involution::involution2d", mutates_args=())
 def _forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     if input.numel() == 0:
-        return _forward_fake(input, kernel, stride, padding, dilation)
+        return _forward_fake(input, kernel, stride, padding, dilation).zero_()
     out = backends.choose(input, kernel).forward(input, kernel, stride, padding, dilation)
     return placed(out, input)
 
@@ -71,7 +71,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     args = (grad, input, kernel, stride, padding, dilation, needs_input, needs_kernel)
     if input.numel() == 0:
-        return _backward_fake(*args)
+        return tuple(t.zero_() for t in _backward_fake(*args))  # type: ignore[return-value]
     grad_input, grad_kernel = backends.choose(input, kernel).backward(*args)
     if grad_kernel is None:
         return placed(grad_input, input), nothing(kernel)

@@ -59,6 +59,7 @@ def _function(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callab
 
 def call(name: str, wide: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
     """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
+    assert all(t is None or t.numel() for t in tensors), f"{name} takes no empty tensors"
     function = _function(name, wide, build.instruction_set(), len(tensors))
     function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors])
 

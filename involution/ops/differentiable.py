@@ -4,6 +4,8 @@ Their backwards ask ``again()``; if so they write down what they stand for in op
 number of times, and differentiate that.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,14 +19,19 @@ def again() -> bool:
 
 
 def span_involution2d(
-    input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, *window: int
+    input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[int, int, int, int]
 ) -> Tensor:
-    """The fused operator by the plain one; window: stride, padding, dilation."""
-    return transforms.apply("involution2d", input, composed.span_kernel(reduced, weight, bias, kernel_size), *window)
+    """The fused operator by the plain one; options: K, stride, padding, dilation."""
+    size, *window = options
+    return transforms.apply("involution2d", input, composed.span_kernel(reduced, weight, bias, size), *window)
 
 
-def gradients(output: Tensor, grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
-    """The gradients of ``inputs``, with graphs of their own; None for those that need none."""
-    wanted = [t for t in inputs if t is not None and t.requires_grad]
-    found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True))
-    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+def gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | None) -> list[Tensor | None]:
+    """The gradients of ``inputs`` for that of ``function(*inputs)``, with graphs of their own; None if not needed.
+
+    They are taken at aliases: an input may be a function of another, which is not this operator's to differentiate.
+    """
+    aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
+    wanted = [t for t in aliases if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in aliases]

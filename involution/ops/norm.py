@@ -7,6 +7,7 @@ Shape legend: B batch, C channels, H W size.
 """
 
 import ctypes
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,5 +136,6 @@ class _NormReLU(torch.autograd.Function):
         if not differentiable.again():
             return (*backward(grad, x, weight, bias, coefficients, ctx.problem, out), None, None, None)
         grad = grad * ((remake(x, coefficients) if out is None else out) > 0)
-        grads = differentiable.gradients(again(x, weight, bias, coefficients, ctx.problem), grad, x, weight, bias)
+        function = partial(again, coefficients=coefficients, problem=ctx.problem)
+        grads = differentiable.gradients(function, grad, x, weight, bias)
         return (*grads, None if out is None else grad, None, None, None)

@@ -93,7 +93,7 @@ class Involution(NamedTuple):
         reduce, weight, bias, span, span_bias = operands
         reduced = F.conv2d(self._pool(x), reduce)
         hidden = norm.again(reduced, weight, bias, kept[1], self.problem).relu()
-        return differentiable.span_involution2d(x, hidden, span, span_bias, *self._window())
+        return differentiable.span_involution2d(x, hidden, span, span_bias, self._window())
 
     def _window(self) -> tuple[int, int, int, int]:
         return self.kernel_size, self.stride, self.dilation * (self.kernel_size - 1) // 2, self.dilation
@@ -153,9 +153,12 @@ class _Layer(torch.autograd.Function):
         operands, kept = rest[: ctx.operands], tuple(rest[ctx.operands :])
         nothing = None, None, None, None  # statistics, problem, options, the step's statistics
         if differentiable.again():
-            seen = x if coefficients is None else norm.again(x, weight, bias, coefficients, ctx.problem).relu()
-            output = ctx.options.again(kept, seen, *operands)
-            grads = differentiable.gradients(output, grad, x, weight, bias, *operands)
+
+            def function(x: Tensor, weight: Tensor, bias: Tensor, *operands: Tensor) -> Tensor:
+                seen = x if coefficients is None else norm.again(x, weight, bias, coefficients, ctx.problem).relu()
+                return ctx.options.again(kept, seen, *operands)
+
+            grads = differentiable.gradients(function, grad, x, weight, bias, *operands)
             return *grads[:3], *nothing, *grads[3:]
         seen = x if coefficients is None else norm.remake(x, coefficients)
         needs = [True, *ctx.needs_input_grad[-ctx.operands :]]

@@ -5,6 +5,7 @@ The forward operators save their inputs only; the fused one makes its kernels ag
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def _span(
 ) -> Tensor:
     args = (input, reduced, weight, bias, kernel_size, stride, padding, dilation)
     if input.numel() == 0:
-        return _span_fake(*args)
+        return _span_fake(*args).zero_()
     backend = backends.choose(input, weight)
     if hasattr(backend, "span_forward"):
         return placed(backend.span_forward(*args), input)
@@ -102,8 +103,8 @@ def _span_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _span_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if differentiable.again():
-        output = differentiable.span_involution2d(*ctx.saved_tensors, *ctx.options)
-        return (*differentiable.gradients(output, grad, *ctx.saved_tensors), None, None, None, None)
+        function = partial(differentiable.span_involution2d, options=ctx.options)
+        return (*differentiable.gradients(function, grad, *ctx.saved_tensors), None, None, None, None)
     grads = torch.ops.involution.span_involution2d_backward(grad, *ctx.saved_tensors, *ctx.options)
     needed = (g if needs else None for g, needs in zip(grads, ctx.needs_input_grad[:4], strict=True))
     return (*needed, None, None, None, None)
