@@ -1,6 +1,7 @@
-"""Evaluate a checkpoint, single centre crop: python eval.py checkpoint=PATH [data=... data.root=...] [KEY=VALUE ...]
+"""Evaluate a checkpoint: python eval.py checkpoint=PATH [data=... data.root=...] [KEY=VALUE ...]
 
-The last line of standard output is one JSON object: checkpoint, top1, top5 (percent), loss, n.
+The last line of standard output is one JSON object: checkpoint, top1, top5 (percent; single centre crop), loss, n. Of a
+detector: ap, ap50, ..., with masks mask_ap, ... (percent), n, seconds; with per_class=true also those of every class.
 With predictions=FILE.csv also what the model says of each image of the data set.
 With images=PATH the five likeliest classes of pictures of your own: checkpoint, n, predictions.
 """
@@ -40,7 +41,9 @@ def main(composed: DictConfig) -> None:
     with closing(loader):
         results = evaluate(model, loader, evaluation, world, samples=samples, precision=config.precision)
     if world.is_main:
-        cli.print_result({"checkpoint": str(config.checkpoint)} | {key: results[key] for key in printed})
+        printed = (*printed, *(["classes"] if config.per_class else []))
+        told = {key: results[key] for key in printed if key in results}
+        cli.print_result({"checkpoint": str(config.checkpoint)} | told)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from data.demo import write_once
-from data.folder import cache_dir
 from data.scenes import HEIGHT, WIDTH, Scene, scenes
+from involution.cache import cache_dir, writable_cache_dir
 
 COUNTS = {"train": 400, "val": 100}
 SHAPES = [(HEIGHT, WIDTH), (WIDTH, HEIGHT), (HEIGHT, WIDTH)]  # two wide ones and a tall one, as in COCO
@@ -21,6 +21,8 @@ VERSION = 1  # of what is drawn: another one is another folder
 def demo_detection_root(root: str | os.PathLike[str] | None = None) -> Path:
     """Folder with train2017/, val2017/ and annotations/; written on first use into `root` or the cache folder."""
     target = Path(root) if root else cache_dir() / f"detection-scenes-{VERSION}"
+    if not root and not target.is_dir():
+        target = writable_cache_dir() / target.name
     try:
         return write_once(target, _write)
     except OSError as error:

@@ -52,6 +52,7 @@ class DetectionBatch(NamedTuple):
     indices: list[int]
     valid: int
     bad: list[BadImageError]
+    dataset: CocoImages | None = None  # what the indices are places of; an evaluation's batches have it
 
     def to(self, device: torch.device, *, channels_last: bool = False) -> "DetectionBatch":
         """The batch on the device; the masks become pixels there only when `targets` is called."""
@@ -145,7 +146,11 @@ class DetectionTrainLoader(TrainLoader):
 
 
 class DetectionEvalLoader(EvalLoader):
-    _accept = DetectionTrainLoader._accept
+    """See data.loader.EvalLoader."""
+
+    def _accept(self, loaded: Any) -> Any:
+        self._note(loaded.bad)
+        return loaded._replace(dataset=self.dataset)
 
 
 def train_loader(

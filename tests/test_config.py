@@ -11,7 +11,7 @@ from involution import create_model
 from involution.engine.config import EvalConfig, TrainConfig, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
-from involution.engine.tasks import segmentation
+from involution.engine.tasks import detection, segmentation
 
 CONF = ROOT / "conf"
 OPTIONS = [
@@ -28,9 +28,15 @@ def config(*overrides: str, program: str = "train"):
 
 
 # of another task than the default's, hence with a recipe for that
-RECIPES = dict.fromkeys(
-    ["model=semantic_fpn", "model=upernet", *(f"data={name}" for name in segmentation.DATASETS)], "recipe=cityscapes"
-)
+RECIPES = {
+    f"{group}={name}": recipe
+    for recipe, models, task in (
+        ("recipe=cityscapes", ("semantic_fpn", "upernet"), segmentation),
+        ("recipe=coco", detection.PARTS, detection),
+    )
+    for group, names in (("model", models), ("data", task.DATASETS))
+    for name in names
+}
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])

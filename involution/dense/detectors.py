@@ -141,6 +141,10 @@ class FasterRCNN(Detector):
     """Faster R-CNN; with RedNet-50 and involution neck 29.5 M trainable parameters and 40.2 AP in the paper.
 
     ``head="involution"`` is that of the region proposal network, and in Mask R-CNN the mask head's too.
+
+    Args:
+        num_proposals: of an image that get a class. The paper's 1000 are most of the work for small pictures.
+        num_samples: of them that are learned from.
     """
 
     extra, first, has_masks = "subsample", 0, False
@@ -156,10 +160,13 @@ class FasterRCNN(Detector):
         max_size: int = 1333,
         image_mean: Sequence[float] = MEAN,
         image_std: Sequence[float] = STD,
+        num_proposals: int = 1000,
+        num_samples: int = 512,
     ) -> None:
         super().__init__(num_classes, backbone, neck, head, plugin, min_size, max_size, image_mean, image_std)
-        self.proposals = Proposals(head)
-        self.regions = Regions(num_classes, head, self.has_masks)
+        check_positive(num_proposals=num_proposals, num_samples=num_samples)
+        self.proposals = Proposals(head, num_proposals)
+        self.regions = Regions(num_classes, head, self.has_masks, num_samples)
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         targets = [target | {"labels": target["labels"] + 1} for target in targets]  # 0 is the background inside

@@ -50,7 +50,7 @@ class ProposalHead(nn.Module):
 class Proposals(RegionProposalNetwork):
     """torchvision's, with the paper's values: L1 and not smooth L1, 1000 proposals an image in training too."""
 
-    def __init__(self, head: str) -> None:
+    def __init__(self, head: str, count: int = 1000) -> None:
         anchors = Anchors(SIZES, STRIDES)
         super().__init__(
             anchors,  # type: ignore[arg-type]
@@ -59,8 +59,8 @@ class Proposals(RegionProposalNetwork):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 1000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * count, "testing": count},
+            post_nms_top_n={"training": count, "testing": count},
             nms_thresh=0.7,
         )
         self.proposal_matcher = LowQualityMatcher(0.7, 0.3, lowest=0.3)

@@ -56,16 +56,17 @@ class Regions(RoIHeads):
         num_classes: without the background.
         head: "convolution", or "involution" in the mask head.
         masks: whether there is a mask head.
+        samples: proposals of an image that are learned from.
     """
 
-    def __init__(self, num_classes: int, head: str, masks: bool) -> None:
+    def __init__(self, num_classes: int, head: str, masks: bool, samples: int = 512) -> None:
         super().__init__(
             RoIAlign(BOX),
             TwoMLPHead(CHANNELS * BOX**2, 1024),
             FastRCNNPredictor(1024, num_classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=512,
+            batch_size_per_image=samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.05,

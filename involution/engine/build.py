@@ -85,7 +85,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay)),
         build_schedule(config.optimizer["lr"], total_steps, steps_per_epoch, **config.schedule),
         train_loader,
-        setup.eval_loader(val, config.data, o.batch_size, world),
+        setup.eval_loader(val, config.data, setup.EVAL_BATCH or o.batch_size, world),
         train_size=len(train),
         val_size=len(val),
         options=o,

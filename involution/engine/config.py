@@ -67,15 +67,17 @@ class EvalConfig:
     """conf/eval.yaml"""
 
     checkpoint: str = MISSING
-    batch_size: int = MISSING
+    batch_size: int | None = MISSING
     precision: str = MISSING
     device: str = MISSING
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
     predictions: str | None = MISSING
+    per_class: bool = MISSING
     images: Any = MISSING  # a path or a list of paths
     output: str | None = MISSING
     contact_sheet: str | None = MISSING
     layer: str | None = MISSING
+    min_score: float = MISSING
 
 
 CHOICES = {
@@ -118,10 +120,20 @@ RANGES = {  # lowest and highest value; None: no limit
     "schedule.warmup_start": (0, 1),
     "schedule.min_lr": (0, None),
     "schedule.power": (0, None),
+    "schedule.warmup_steps": (0, None),
     "batch_size": (1, None),
+    "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
 LATER = {"model.in_chans": 3}  # what keys mean that earlier configurations lack
+
+
+def _first(text: str, table: dict[str, Any]) -> Any:
+    """${first:TEXT,{KEY:VALUE,...,else:VALUE}} in YAML: the value of the first key that occurs in the text."""
+    return next((value for key, value in table.items() if key != "else" and key in text), table["else"])
+
+
+OmegaConf.register_new_resolver("first", _first, replace=True)
 
 
 def validate(config: DictConfig, schema: type) -> Any:
@@ -151,7 +163,7 @@ def validate(config: DictConfig, schema: type) -> Any:
     for key in ("name", "checkpoint"):  # recipe=finetune has no weights of its own to start from
         if OmegaConf.select(typed, key) == "":
             raise UserError(f"{key} is not set; give it as {key}={'PATH' if key == 'checkpoint' else 'NAME'}")
-    if schema is TrainConfig:
+    if schema is TrainConfig and "mean" in typed.data:  # detectors normalise by themselves
         check_channels(typed.model.get("in_chans", 3), typed.data.mean, typed.data.std)
     return OmegaConf.to_object(typed)
 

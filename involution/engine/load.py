@@ -13,6 +13,8 @@ from involution.engine.errors import UserError
 from involution.engine.tasks import Evaluation, Setup, check_data
 from involution.loading import Opened, input_channels, open_checkpoint
 
+EVAL_BATCH = 64
+
 
 class Prepared(NamedTuple):
     """What `evaluate` needs, and which of its results to print."""
@@ -37,10 +39,11 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
     opened = open_checkpoint(config.checkpoint)
     setup = check_data(opened.name, config.data["name"])
     d = _data(opened, setup, config, overrides)
-    check_channels(input_channels(opened.model), d.mean, d.std)
+    if hasattr(d, "mean"):  # detectors normalise by themselves
+        check_channels(input_channels(opened.model), d.mean, d.std)
     _, val = setup.open_dataset(d)
     _check_classes(opened, val.class_names, config.checkpoint)
-    loader = setup.eval_loader(val, d, config.batch_size, world)
+    loader = setup.eval_loader(val, d, config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, world)
     evaluation = setup.evaluation(loader, config.predictions)
     return Prepared(
         to_device(opened.model, world.device, channels_last=True), loader, evaluation, len(val), setup.PRINTED

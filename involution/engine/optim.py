@@ -81,12 +81,13 @@ def build_schedule(
     name: str,
     warmup_epochs: float,
     warmup_start: float,
+    warmup_steps: int | None = None,
     min_lr: float = 0.0,
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
     power: float = 0.9,
 ) -> Schedule:
-    """Make step -> learning rate from a configuration whose milestones and warm-up are in epochs.
+    """Make step -> learning rate from a configuration in epochs, but for `warmup_steps`.
 
     Raises:
         ValueError: for an unknown name.
@@ -99,7 +100,7 @@ def build_schedule(
         schedule = staircase(lr, [round(m * steps_per_epoch) for m in milestones], gamma)
     else:
         raise ValueError(f"schedule.name is {name!r}; it should be 'cosine', 'poly' or 'step'")
-    steps = round(warmup_epochs * steps_per_epoch)
+    steps = round(warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps
     return warmup(schedule, steps, warmup_start) if steps else schedule
 
 

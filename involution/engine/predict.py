@@ -15,6 +15,7 @@ from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
+from involution.engine.load import EVAL_BATCH
 from involution.engine.tasks import Predictor, task_of
 from involution.loading import open_checkpoint
 
@@ -37,8 +38,9 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     told = {k: config.data[k] for k in setup.PREPARATION if k in config.data and f"data.{k}" in given(overrides)}
     predictor = setup.predictor(opened, config, told, device)
     predictions: Predictions = []
-    for start in range(0, len(paths), config.batch_size):
-        batch = [(path, open_picture(path)) for path in paths[start : start + config.batch_size]]
+    step = config.batch_size or setup.EVAL_BATCH or EVAL_BATCH
+    for start in range(0, len(paths), step):
+        batch = [(path, open_picture(path)) for path in paths[start : start + step]]
         with autocast(device, config.precision):
             found = predictor.predict(batch)
         for (path, _), prediction in zip(batch, found, strict=True):

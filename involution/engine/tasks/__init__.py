@@ -120,6 +120,7 @@ class Setup(Protocol):
     DATA: type  # of the configuration's `data`: config.DataConfig or a class derived from it
     AUGMENTATION: type  # of its `augmentation`
     DATASETS: tuple[str, ...]  # values of data.name
+    EVAL_BATCH: int | None  # samples that an evaluation takes at once unless told; None: as many as fit
     PREPARATION: tuple[str, ...]  # keys of `data` that are part of what a model has learned: eval.py keeps them
     PRINTED: tuple[str, ...]  # results that eval.py prints, in this order
 
@@ -154,9 +155,10 @@ class Setup(Protocol):
 def task_of(model: str) -> Setup:
     """The task that a model of `create_model` is for."""
     # here, for they import the configuration, whose schema depends on the task
-    from involution.engine.tasks import classification, segmentation
+    from involution.engine.tasks import classification, detection, segmentation
 
-    others: dict[str, Setup] = {"semantic_fpn": segmentation, "upernet": segmentation}
+    others: dict[str, Setup] = dict.fromkeys(detection.PARTS, detection)
+    others |= {"semantic_fpn": segmentation, "upernet": segmentation}
     return others.get(model, classification)
 
 

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
+from pycocotools import mask as coco_mask
 
+from involution.dense.masks import paste_masks
 from involution.engine.distributed import World, gather_objects
 
 if TYPE_CHECKING:
@@ -40,6 +43,17 @@ class Found(NamedTuple):
     scores: np.ndarray
     labels: np.ndarray
     masks: list[bytes] | None = None
+
+
+def as_found(image: int, result: dict[str, torch.Tensor], size: tuple[int, int]) -> Found:
+    """A model's result for a picture of `size` (height, width), its masks one by one pasted and packed: a hundred of
+    them on 4000 x 3000 pixels would take a gigabyte at once."""
+    masks = None
+    if "masks" in result:
+        pasted = paste_masks(result["masks"], result["boxes"], size)
+        masks = [coco_mask.encode(np.asfortranarray(mask.cpu().numpy(), np.uint8))["counts"] for mask in pasted]
+    boxes, scores = (result[key].float().cpu().numpy() for key in ("boxes", "scores"))
+    return Found(image, boxes, scores, result["labels"].to("cpu", torch.int32).numpy(), masks)
 
 
 def gather(found: Sequence[Found]) -> list[Found]:
@@ -147,15 +161,24 @@ def _percent(value: float) -> float | None:
     return None if value < 0 else 100 * float(value)
 
 
-def score(images: CocoImages, found: Sequence[Found], masks: bool, world: World, began: float) -> dict[str, Any]:
-    """Gather, score on rank 0, tell everyone: `average_precision` with "n", the images counted, and "seconds" since
-    `began` (time.monotonic). A collective call."""
+def score(images: CocoImages, found: Sequence[Found], world: World, path: Path | None = None) -> dict[str, Any]:
+    """Gather, score on rank 0, tell everyone: `average_precision` with "n", the images counted, and
+    "scoring_seconds". A collective call.
+
+    Args:
+        found: by this rank.
+        path: of a file in COCO's result format to write as well.
+    """
     everything = gather(found)
     result: dict[str, Any] = {}
     if world.is_main:
+        if path is not None:
+            write_results(path, images, everything)
         start = time.monotonic()
-        result = average_precision(images, everything, masks)
+        masks = any(one.masks is not None for one in everything)
+        if masks and not images.has_masks:
+            log.warning("the data set has objects without masks, so only boxes are scored")
+        result = average_precision(images, everything, masks and images.has_masks)
         result["scoring_seconds"] = round(time.monotonic() - start, 3)
-        log.info("scored the detections of %d images in %.1f s", len(everything), result["scoring_seconds"])
     told: dict[str, Any] = gather_objects(result)[0]
-    return told | {"n": len(everything), "seconds": round(time.monotonic() - began, 3)}
+    return told | {"n": len(everything)}
