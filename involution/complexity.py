@@ -84,10 +84,12 @@ class _Fixed(nn.Module):
 def layer_cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
     """(multiply-adds, element-wise operations) of one call of a layer, as the paper counts them.
 
-    A module that multiplies without a layer of its own says so: ``products(x, output)``, multiply-adds.
+    A module that multiplies without a layer of its own says so: ``products(x, output)``, multiply-adds, and, where the
+    paper counts them, ``additions(x, output)``, element-wise.
     """
     if hasattr(module, "products"):
-        return module.products(x, output), 0  # type: ignore[operator]
+        additions = module.additions(x, output) if hasattr(module, "additions") else 0  # type: ignore[operator]
+        return module.products(x, output), additions  # type: ignore[operator]
     if isinstance(module, nn.Conv2d):
         return output.numel() * module.weight[0].numel(), 0 if module.bias is None else output.numel()
     if isinstance(module, nn.ConvTranspose2d):

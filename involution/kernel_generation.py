@@ -3,14 +3,16 @@
 Shapes:  x (B, C, H, W)  ->  kernels (B, G*K*K, Ho, Wo) with Ho = ceil(H / stride), Wo = ceil(W / stride)
 Channel g*K*K + u*K + v of the output is row u, column v of group g's kernel, as in the released checkpoints.
 
-Both functions end in a 1x1 convolution, ``span``. What comes before it is ``hidden``, so that a layer can hand the two
-to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
+"bottleneck" and "linear" end in a 1x1 convolution, ``span``. What comes before it is ``hidden``, so that a layer can
+hand the two to the fused operator, which makes the kernels on the fly instead of storing G*K*K values a pixel.
+"attention" and "position" (``involution.attention``) end in a softmax over the taps.
 """
 
 from typing import TypeGuard
 
 from torch import Tensor, nn
 
+from involution.attention import ActivatedGeneration, AttentionGeneration, PositionGeneration
 from involution.unwatched import as_it_seems, calls_are_free, unchanged
 
 
@@ -24,6 +26,9 @@ def stride_pool(stride: int) -> nn.Module:
     if stride == 1:
         return nn.Identity()
     return nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+
+
+ATTENTION = {"attention": AttentionGeneration, "position": PositionGeneration}
 
 
 class SpanGeneration(nn.Module):
@@ -107,14 +112,30 @@ def _pools(pool: nn.Module, stride: int) -> bool:
 
 
 def build_kernel_generation(
-    name: str, channels: int, span_channels: int, stride: int, reduction_ratio: int
+    name: str,
+    channels: int,
+    groups: int,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    reduction_ratio: int,
+    activation: str | None,
 ) -> nn.Module:
-    """The generator called ``name``; ``reduction_ratio`` matters to "bottleneck" only."""
+    """The generator called ``name``; ``reduction_ratio`` does not matter to "linear"."""
+    if activation not in (None, "softmax", "sigmoid"):
+        raise ValueError(f'kernel_activation is {activation!r}; it should be None, "softmax" or "sigmoid"')
+    if name in ATTENTION:
+        options = stride, dilation, reduction_ratio, stride_pool(stride), activation
+        return ATTENTION[name](channels, groups, kernel_size, *options)
+    span_channels = groups * kernel_size**2
     if name == "bottleneck":
-        return BottleneckGeneration(channels, span_channels, stride, reduction_ratio)
-    if name == "linear":
-        return LinearGeneration(channels, span_channels, stride)
-    raise ValueError(f'kernel_generation is {name!r}; it should be "bottleneck" or "linear"')
+        generation: SpanGeneration = BottleneckGeneration(channels, span_channels, stride, reduction_ratio)
+    elif name == "linear":
+        generation = LinearGeneration(channels, span_channels, stride)
+    else:
+        valid = '"bottleneck", "linear", "attention" or "position"'
+        raise ValueError(f"kernel_generation is {name!r}; it should be {valid}")
+    return generation if activation is None else ActivatedGeneration(generation, kernel_size, activation)
 
 
 __all__ = ["BottleneckGeneration", "LinearGeneration", "SpanGeneration", "build_kernel_generation", "stride_pool"]

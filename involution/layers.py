@@ -19,7 +19,10 @@ class Involution2d(NotScripted, nn.Module):
         dilation: distance between the taps of a kernel.
         group_channels: channels that share one kernel (C/G in the paper); it divides ``channels``. None: all of them.
         reduction_ratio: r of the bottleneck, at most ``channels``.
-        kernel_generation: "bottleneck" (Eqn. 6) or "linear" (Table 6c).
+        kernel_generation: "bottleneck" (Eqn. 6), "linear" (Table 6c), or Section 4.2's self-attention: "attention",
+            softmax(Q K^T), and "position", softmax(Q R^T).
+        kernel_activation: None, "softmax" or "sigmoid", of the kernels' values (Section 5.2). None leaves them as they
+            are made; attention's softmax is part of it, and "sigmoid" takes its place.
 
     ``.kernel_generation`` maps the input to kernels (B, G*K*K, Ho, Wo) and may be replaced by any module that does;
     a ``SpanGeneration`` runs as the fused operator.
@@ -37,6 +40,7 @@ class Involution2d(NotScripted, nn.Module):
         group_channels: int | None = 16,
         reduction_ratio: int = 4,
         kernel_generation: str = "bottleneck",
+        kernel_activation: str | None = None,
     ) -> None:
         super().__init__()
         group_channels = channels if group_channels is None else group_channels
@@ -65,7 +69,14 @@ class Involution2d(NotScripted, nn.Module):
         self.groups = channels // group_channels
         self.reduction_ratio = reduction_ratio
         self.kernel_generation = build_kernel_generation(
-            kernel_generation, channels, self.groups * kernel_size**2, stride, reduction_ratio
+            kernel_generation,
+            channels,
+            self.groups,
+            kernel_size,
+            stride,
+            dilation,
+            reduction_ratio,
+            kernel_activation,
         )
 
     def forward(self, x: Tensor) -> Tensor:

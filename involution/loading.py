@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from involution.models import BottleneckNetwork, model_of
+from involution.models import StagedNetwork, model_of
 from involution.weights import open_weights
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ LONGEST = 8  # long side / short side beyond which a picture's ends, far outside
 class Opened(NamedTuple):
     """What a checkpoint holds."""
 
-    model: BottleneckNetwork
+    model: StagedNetwork
     class_names: list[str] | None  # None where the file does not tell
     data: dict[str, Any]  # the run's `data` configuration, or its values in IMAGENET's keys alone, or {}
     name: str  # of `create_model`
@@ -35,7 +35,7 @@ class Opened(NamedTuple):
 class Classifier(NamedTuple):
     """A trained model with what it takes to use it."""
 
-    model: BottleneckNetwork  # in evaluation mode; (B, C, S, S) -> logits (B, N)
+    model: StagedNetwork  # in evaluation mode; (B, C, S, S) -> logits (B, N)
     transform: Callable[["Image"], Tensor]  # a picture of any size and mode -> (C, S, S)
     class_names: tuple[str, ...]  # N of them
 

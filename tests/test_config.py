@@ -50,7 +50,7 @@ def test_the_default_is_the_paper():
     found = config()
     assert found.model == {
         "name": "rednet50", "num_classes": None, "kernel_size": 7, "group_channels": 16, "reduction_ratio": 4,
-        "kernel_generation": "bottleneck", "stem": "involution", "stem_kernel_size": 3,
+        "kernel_generation": "bottleneck", "kernel_activation": None, "stem": "involution", "stem_kernel_size": 3,
         "zero_init_residual": True, "in_chans": 3,
     }  # fmt: skip
     assert found.train.epochs == 130

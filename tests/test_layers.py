@@ -110,7 +110,7 @@ def test_repr_tells_the_arguments():
         ({"group_channels": 0}, "group_channels is 0"),
         ({"group_channels": 24}, "group_channels is 24, which does not divide channels = 32"),
         ({"reduction_ratio": 64}, "reduction_ratio is 64; it should be at most channels = 32"),
-        ({"kernel_generation": "conv"}, 'kernel_generation is \'conv\'; it should be "bottleneck" or "linear"'),
+        ({"kernel_generation": "conv"}, 'kernel_generation is \'conv\'; it should be "bottleneck", "linear"'),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):

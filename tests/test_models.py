@@ -18,7 +18,7 @@ def resnet_weights(reference: nn.Module) -> dict[str, torch.Tensor]:
     return {f"stem.{k}" if k.startswith(("conv1.", "bn1.")) else k: v for k, v in state.items()}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name.startswith(("rednet", "resnet"))])
 def test_every_name_makes_its_model(name):
     with torch.device("meta"):
         model = involution.create_model(name, num_classes=7)

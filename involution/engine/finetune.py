@@ -9,13 +9,13 @@ from torch import Tensor
 from involution.engine.config import DataConfig, differences
 from involution.engine.errors import UserError
 from involution.loading import open_checkpoint
-from involution.models import BottleneckNetwork
+from involution.models import StagedNetwork
 from involution.weights import describe, load_into
 
 log = logging.getLogger("involution")
 
 
-def start_from(model: BottleneckNetwork, checkpoint: str, data: DataConfig, class_names: Sequence[str]) -> None:
+def start_from(model: StagedNetwork, checkpoint: str, data: DataConfig, class_names: Sequence[str]) -> None:
     """Load a checkpoint's weights into a fresh model; a classifier for other classes, in number or name, stays fresh.
 
     Args:
@@ -67,7 +67,7 @@ def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
     return f". It was trained with {' '.join(wanted)}: add that to the command" if wanted else ""
 
 
-def freeze(model: BottleneckNetwork, stages: int | str | Sequence[str]) -> None:
+def freeze(model: StagedNetwork, stages: int | str | Sequence[str]) -> None:
     """Freeze `train.freeze` in the model.
 
     Raises:

@@ -2,21 +2,23 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from involution.checks import unknown_name
-from involution.models import rednet, resnet
+from involution.models import aa, axial, lrnet, rednet, resnet, san, standalone
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
+from involution.models.staged import StagedNetwork
 from involution.weights import Weights, load_into, open_weights
 from involution.weights import dense as dense_names
 from involution.weights.published import PUBLISHED
 
-MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
+MODELS: dict[str, Callable[..., StagedNetwork]] = {
     "rednet26": rednet.rednet26,
     "rednet38": rednet.rednet38,
     "rednet50": rednet.rednet50,
@@ -27,6 +29,11 @@ MODELS: dict[str, Callable[..., BottleneckNetwork]] = {
     "resnet50": resnet.resnet50,
     "resnet101": resnet.resnet101,
     "resnet152": resnet.resnet152,
+    **san.MODELS,
+    **standalone.MODELS,
+    **lrnet.MODELS,
+    **aa.MODELS,
+    **axial.MODELS,
 }
 
 #: models of dense prediction, made in ``involution.dense`` of any network above that has bottlenecks
@@ -74,7 +81,7 @@ def create_model(
     return model
 
 
-def load_model(location: str | Path, sha256: str | None = None) -> BottleneckNetwork:
+def load_model(location: str | Path, sha256: str | None = None) -> StagedNetwork:
     """The model that a file of weights is of, with these weights; its options are read off the tensors' shapes.
 
     Args:
@@ -87,7 +94,7 @@ def load_model(location: str | Path, sha256: str | None = None) -> BottleneckNet
     return model_of(open_weights(location, sha256))[0]
 
 
-def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
+def model_of(weights: Weights) -> tuple[StagedNetwork, str]:
     """The model that weights are of, with them, and its name.
 
     Raises:
@@ -99,7 +106,7 @@ def model_of(weights: Weights) -> tuple[BottleneckNetwork, str]:
     return model, options["name"]
 
 
-def _load(model: BottleneckNetwork, name: str, weights: Weights) -> None:
+def _load(model: StagedNetwork, name: str, weights: Weights) -> None:
     load_into(model, tensors_for(name, weights))
 
 
@@ -118,8 +125,10 @@ def without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_options(name: str) -> list[str]:
     """The options that ``create_model(name, num_classes, ...)`` takes."""
-    model_class = _dense(name) if name in DENSE else RedNet if name.startswith("rednet") else ResNet
-    return [p for p in inspect.signature(model_class).parameters if p not in ("depths", "num_classes")]
+    maker = _dense(name) if name in DENSE else MODELS[name]
+    if not isinstance(maker, partial) and name not in DENSE:
+        maker = RedNet if name.startswith("rednet") else ResNet
+    return [p for p in inspect.signature(maker).parameters if p not in ("depths", "num_classes")]
 
 
 def _dense(name: str) -> Any:
@@ -134,6 +143,7 @@ __all__ = [
     "BottleneckNetwork",
     "RedNet",
     "ResNet",
+    "StagedNetwork",
     "create_model",
     "load_model",
     "model_options",

@@ -5,20 +5,16 @@ Channels after them:                64             64             256          5
 """
 
 from collections.abc import Callable, Sequence
-from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
-from involution.checks import NotScripted, check_positive, unknown_name
+from involution.checks import check_positive
+from involution.models.staged import StagedNetwork
 from involution.sequence import norm_relu, sequence
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
-PARTS = ("stem", "layer1", "layer2", "layer3", "layer4", "fc")
 
 #: (channels, stride, dilation) -> the layer between a block's two 1x1 convolutions
 SpatialLayer = Callable[[int, int, int], nn.Module]
@@ -39,11 +35,19 @@ class ConvolutionStem(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1 convolution down to ``width``, the spatial layer with the stride, 1x1 convolution up to 4 * ``width``."""
+    """1x1 convolution to ``width``, the spatial layer with the stride, 1x1 to ``out_channels`` (None: 4 ``width``)."""
 
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, spatial: SpatialLayer) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        stride: int,
+        dilation: int,
+        spatial: SpatialLayer,
+        out_channels: int | None = None,
+    ) -> None:
         super().__init__()
-        out_channels = width * EXPANSION
+        out_channels = width * EXPANSION if out_channels is None else out_channels
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
@@ -64,7 +68,7 @@ class Bottleneck(nn.Module):
         return norm_relu(branch, self.bn3, self.act3, skip=self.downsample(x))
 
 
-class BottleneckNetwork(NotScripted, nn.Module):
+class BottleneckNetwork(StagedNetwork):
     """Stem, max pooling, four stages of bottlenecks, average pooling, linear classifier.
 
     Args:
@@ -79,12 +83,6 @@ class BottleneckNetwork(NotScripted, nn.Module):
     ``feature_info`` lists the five levels of a feature pyramid: module name, channels and stride.
     """
 
-    num_classes: int
-    layer1: nn.Sequential
-    layer2: nn.Sequential
-    layer3: nn.Sequential
-    layer4: nn.Sequential
-
     def __init__(
         self,
         stem: nn.Module,
@@ -95,7 +93,6 @@ class BottleneckNetwork(NotScripted, nn.Module):
         zero_init_residual: bool = True,
     ) -> None:
         super().__init__()
-        self.frozen: tuple[str, ...] = ()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride!r}; it should be 8, 16 or 32")
         self.stem = stem
@@ -113,50 +110,8 @@ class BottleneckNetwork(NotScripted, nn.Module):
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"module": f"layer{i + 1}", "num_chs": in_channels, "reduction": net_stride})
         self.num_features = in_channels
-        self.avgpool: nn.Module = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.reset_classifier(num_classes)
+        self.add_classifier(num_classes)
         self._init_weights(zero_init_residual)
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one for ``num_classes``; 0 removes it."""
-        if not isinstance(num_classes, Integral) or num_classes < 0:
-            raise ValueError(f"num_classes is {num_classes!r}; it should be an integer of at least 0")
-        self.num_classes = num_classes
-        self.fc: nn.Module = nn.Identity()
-        if num_classes:
-            like = next(self.parameters())
-            fc = nn.Linear(self.num_features, num_classes, device=like.device, dtype=like.dtype)
-            nn.init.normal_(fc.weight, std=0.01)
-            nn.init.zeros_(fc.bias)
-            self.fc = fc.train(self.training)
-
-    def freeze(self, stages: int | Sequence[str]) -> None:
-        """Leave a part as it is while the rest trains: no gradients, BatchNorm in evaluation mode throughout.
-
-        Args:
-            stages: names among "stem", "layer1", ..., "layer4", "fc"; or a number n from 0 to 4, for the stem and the
-                first n layers, as detectors count (the paper's have n = 1).
-
-        Raises:
-            ValueError: for another name or number.
-        """
-        if isinstance(stages, int):
-            if isinstance(stages, bool) or not 0 <= stages <= 4:
-                raise ValueError(f"freeze is {stages!r}; it should be a number from 0 to 4 or a list of names")
-            stages = PARTS[: stages + 1]
-        for name in stages:
-            if name not in PARTS:
-                raise ValueError(unknown_name("part to freeze", str(name), PARTS))
-            getattr(self, name).requires_grad_(False)
-        self.frozen = tuple(stages)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "Self":
-        """Training or evaluation mode, for what is not frozen."""
-        super().train(mode)
-        for name in self.frozen:
-            getattr(self, name).eval()
-        return self
 
     def _init_weights(self, zero_init_residual: bool) -> None:
         """As the released code: Kaiming normal (fan out) for every convolution, those of the generators included."""
@@ -167,16 +122,3 @@ class BottleneckNetwork(NotScripted, nn.Module):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, Bottleneck) and zero_init_residual:
                 nn.init.zeros_(module.bn3.weight)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> features (B, 2048, H/32, W/32), sizes rounded up at every halving."""
-        x = self.maxpool(self.stem(x))
-        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features (B, 2048, H, W) -> logits (B, num_classes); with ``pre_logits`` the pooled features (B, 2048)."""
-        x = self.avgpool(x)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))

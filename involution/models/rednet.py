@@ -47,7 +47,8 @@ class RedNet(BottleneckNetwork):
         kernel_size: of the trunk's involutions (Table 6a).
         group_channels: channels that share a kernel, in trunk and stem; None for all (Table 6b).
         reduction_ratio: of the kernel generation, in trunk and stem (Table 6c).
-        kernel_generation: "bottleneck" or "linear", in trunk and stem (Table 6c).
+        kernel_generation: "bottleneck", "linear" (Table 6c), "attention", "position" (Section 4.2), in trunk and stem.
+        kernel_activation: None, "softmax" or "sigmoid" (Section 5.2), in trunk and stem.
         stem: "involution" (default) or "convolution", ResNet's 7x7 of stride 2 (Table 6's ablations).
         stem_kernel_size: of the stem's involution; the paper takes 7 for dense prediction.
         output_stride, zero_init_residual: see ``BottleneckNetwork``.
@@ -62,6 +63,7 @@ class RedNet(BottleneckNetwork):
         group_channels: int | None = 16,
         reduction_ratio: int = 4,
         kernel_generation: str = "bottleneck",
+        kernel_activation: str | None = None,
         stem: str = "involution",
         stem_kernel_size: int = 3,
         output_stride: int = 32,
@@ -71,6 +73,7 @@ class RedNet(BottleneckNetwork):
             "group_channels": group_channels,
             "reduction_ratio": reduction_ratio,
             "kernel_generation": kernel_generation,
+            "kernel_activation": kernel_activation,
         }
 
         def spatial(channels: int, stride: int, dilation: int) -> nn.Module:

@@ -1,8 +1,9 @@
 """Names of tensors in other programs' files <-> ours.
 
-A family of models is a module with ANCHOR, a tensor that each of its models has by its name elsewhere, ``ours`` and
-``released``, a tensor's name there and back, and ``describe``. What comes before the anchor in a file is a wrapper's
-(``module.`` DistributedDataParallel, ``model.`` or ``net.`` Lightning, ``backbone.`` OpenMMLab, ...) and is taken off.
+A family of models is a module with OURS and ELSEWHERE, a tensor that each of its models has by its names here and in
+others' files, ``to_ours``, which makes those tensors ours, and ``describe``. What comes before that name in a file is a
+wrapper's (``module.`` DistributedDataParallel, ``model.`` or ``net.`` Lightning, ``backbone.`` OpenMMLab, ...) and is
+taken off.
 """
 
 import logging
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from involution.weights import rednet
+from involution.weights import axial, rednet, san
 from involution.weights.into import some
 
 log = logging.getLogger("involution")
 
-FAMILIES: tuple[ModuleType, ...] = (rednet,)
+FAMILIES: tuple[ModuleType, ...] = (san, axial, rednet)
 
 #: what torch puts into the middle of names
 _INSERTED = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
@@ -37,20 +38,22 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         ValueError: there are several networks in it.
     """
     state = {_INSERTED.sub("", key): value for key, value in state.items()}
-    found = [(family, key.removesuffix(family.ANCHOR)) for family in FAMILIES for key in state if _ends(key, family)]
+    known = {name: family for family in FAMILIES for name in (family.OURS, family.ELSEWHERE)}
+    found = [(name, key.removesuffix(name)) for name in known for key in state if _ends(key, name)]
     if len(found) > 1:
-        prefixes = " and ".join(repr(prefix or key) for prefix, key in ((p, f.ANCHOR) for f, p in found))
+        prefixes = " and ".join(repr(prefix or name) for name, prefix in found)
         raise ValueError(
             f"these weights hold {len(found)} networks, whose names begin with {prefixes}; save those of one alone"
         )
     if not found:
         return {key.removeprefix("module."): value for key, value in state.items()}
-    family, prefix = found[0]
-    return {family.ours(key): value for key, value in _from_paddle(_without_prefix(state, prefix)).items()}
+    name, prefix = found[0]
+    state = _from_paddle(_without_prefix(state, prefix))
+    return known[name].to_ours(state) if name == known[name].ELSEWHERE else state
 
 
-def _ends(key: str, family: ModuleType) -> bool:
-    return key == family.ANCHOR or key.endswith("." + family.ANCHOR)
+def _ends(key: str, name: str) -> bool:
+    return key == name or key.endswith("." + name)
 
 
 def _without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -99,5 +102,5 @@ def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     Raises:
         ValueError: they are those of none of our models.
     """
-    family = next((family for family in FAMILIES if family.ours(family.ANCHOR) in state), FAMILIES[0])
+    family = next((family for family in FAMILIES if family.OURS in state), rednet)
     return family.describe(state)

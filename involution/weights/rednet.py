@@ -1,4 +1,4 @@
-"""RedNets and ResNets: the names of their tensors elsewhere, and their options read off the tensors' shapes."""
+"""Networks of bottlenecks: the names of RedNets' and ResNets' tensors elsewhere, and options read off their shapes."""
 
 import math
 import re
@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from involution.weights import unreleased
+
 #: a tensor that each of them has, here and elsewhere
-ANCHOR = "layer1.0.conv1.weight"
+OURS = ELSEWHERE = "layer1.0.conv1.weight"
 
 _GENERATION = {"conv1.conv": "reduce", "conv1.bn": "norm", "conv2.conv": "span"}
 #: released name within a block -> ours
@@ -26,13 +28,18 @@ _STEM = {
 _RESNET = {"conv1": "stem.conv1", "bn1": "stem.bn1"}
 
 
+def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a released RedNet (without ``backbone.``), of a torchvision or timm ResNet, or ours, as ours."""
+    return {ours(key): value for key, value in state.items()}
+
+
 def ours(key: str) -> str:
-    """Our name for a released RedNet's tensor (without ``backbone.``), or a torchvision or timm ResNet's, or ours."""
+    """Our name of such a tensor."""
     return _rename(key, _STEM | _RESNET, _BLOCK)
 
 
 def released(key: str) -> str:
-    """The released RedNets' name, without ``backbone.``; the inverse of ``ours``."""
+    """The released RedNets' name, without ``backbone.``; the inverse of ``to_ours``."""
     return _rename(key, {ours_: name for name, ours_ in _STEM.items()}, {ours_: name for name, ours_ in _BLOCK.items()})
 
 
@@ -54,15 +61,22 @@ def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     try:
         options: dict[str, Any] = {
             "num_classes": state["fc.weight"].shape[0] if "fc.weight" in state else 0,
-            "in_chans": state["stem.0.weight" if deep else "stem.conv1.weight"].shape[1],
+            "in_chans": state[_first_convolution(state)].shape[1],
         }
+        if attention := unreleased.describe(state, number):
+            return attention[0], options | attention[1]
         if "layer1.0.conv2.weight" in state:
             return f"resnet{number}", options | ({"stem": "deep"} if deep else {})
         return f"rednet{number}", options | _rednet_options(state)
     except KeyError as error:
         raise ValueError(
-            f"these weights are of no RedNet or ResNet: {error.args[0]!r} is missing or unknown"
+            f"these weights are of no RedNet or ResNet whose options their shapes tell: {error.args[0]!r} is missing"
         ) from error
+
+
+def _first_convolution(state: Mapping[str, Tensor]) -> str:
+    """Of a deep, an attention's, or another stem."""
+    return next((key for key in ("stem.0.weight", "stem.query.weight") if key in state), "stem.conv1.weight")
 
 
 def _rednet_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
