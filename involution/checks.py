@@ -35,6 +35,14 @@ def printable(name: object) -> str:
     return re.sub(odd, lambda found: repr(found[0])[1:-1], str(name))
 
 
+class SizeError(ValueError):
+    """Images of a size that a model cannot take."""
+
+
+class NotTraced:
+    """A layer that ``torch.fx`` is to take as one call (``fold``, timm): what it does depends on the images' size."""
+
+
 class NotScripted:
     """A module that ``torch.jit.script`` refuses with a reason, also as part of another."""
 

@@ -1,7 +1,7 @@
 """Models for elsewhere: torch.export, ONNX, a compiled AOTInductor package, safetensors with a model card.
 
-Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZE`` on). ``ops/standard.py`` has our
-operators in standard ones.
+Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZE`` on), or of any batch and one size.
+``ops/standard.py`` has our operators in standard ones.
 """
 
 import json
@@ -16,6 +16,9 @@ from torch.export import Dim, ExportedProgram
 from involution.checks import printable
 from involution.complexity import count
 from involution.loading import IMAGENET
+from involution.models.axial import AxialResNet
+from involution.models.san import SAN
+from involution.models.standalone import StandAloneResNet
 from involution.weights import describe
 
 #: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
@@ -25,15 +28,26 @@ MAX_SIZE = 4096
 MAX_BATCH = 1024
 
 
-def export_program(model: nn.Module) -> ExportedProgram:
-    """``model`` in evaluation as a ``torch.export`` program of standard operators; the model's mode stays as it is."""
+def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram:
+    """``model`` in evaluation as a ``torch.export`` program of standard operators; the model's mode stays as it is.
+
+    With ``size`` its images have that many pixels a side. Stand-Alone, SAN and Axial networks take no other program:
+    they cut images into blocks or ask whether they are large enough.
+
+    Raises:
+        ValueError: such a network without a size.
+    """
+    if size is None and isinstance(model, (SAN, StandAloneResNet, AxialResNet)):
+        raise ValueError(f"{type(model).__name__} is exported for images of one size only; say which (size=224)")
     training = model.training
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     # Sizes that stay odd at every halving: where rounding up makes no difference to the example, Inductor (2.15) drops
     # the pooling's border handling for good, and the package would read out of bounds at other sizes
-    example = torch.randn(2, first.in_channels, 97, 129, device=first.weight.device, dtype=first.weight.dtype)
-    size = {"min": MIN_SIZE, "max": MAX_SIZE}
-    shapes = {0: Dim("batch", min=1, max=MAX_BATCH), 2: Dim("height", **size), 3: Dim("width", **size)}
+    sides = (97, 129) if size is None else (size, size)
+    example = torch.randn(2, first.in_channels, *sides, device=first.weight.device, dtype=first.weight.dtype)
+    shapes = {0: Dim("batch", min=1, max=MAX_BATCH)}
+    if size is None:
+        shapes |= {i: Dim(name, min=MIN_SIZE, max=MAX_SIZE) for i, name in ((2, "height"), (3, "width"))}
     try:
         return torch.export.export(
             model.eval(),
@@ -45,22 +59,22 @@ def export_program(model: nn.Module) -> ExportedProgram:
         model.train(training)
 
 
-def export_torch(model: nn.Module, path: str | Path) -> None:
+def export_torch(model: nn.Module, path: str | Path, size: int | None = None) -> None:
     """Write a program for ``torch.export.load``; nothing of this project is needed to run it."""
-    torch.export.save(export_program(model), path)
+    torch.export.save(export_program(model, size), path)
 
 
-def export_aoti(model: nn.Module, path: str | Path) -> None:
+def export_aoti(model: nn.Module, path: str | Path, size: int | None = None) -> None:
     """Compile for the model's device into a ``.pt2`` package for ``torch._inductor.aoti_load_package`` or C++.
 
     It takes a C++ compiler on a CPU, and minutes.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path is {path}; a package should be called *.pt2")
-    torch._inductor.aoti_compile_and_package(export_program(model), package_path=str(path))
+    torch._inductor.aoti_compile_and_package(export_program(model, size), package_path=str(path))
 
 
-def export_onnx(model: nn.Module, path: str | Path) -> None:
+def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> None:
     """Write an ONNX file: input "images" (batch, C, height, width), output "logits" (batch, classes).
 
     Raises:
@@ -71,7 +85,7 @@ def export_onnx(model: nn.Module, path: str | Path) -> None:
     except ImportError as error:
         raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-    torch.onnx.export(export_program(model), (), path, external_data=False, verbose=False, **options)
+    torch.onnx.export(export_program(model, size), (), path, external_data=False, verbose=False, **options)
 
 
 def save_safetensors(

@@ -1,8 +1,8 @@
 """Export a checkpoint for use elsewhere.
 
-    python scripts/export.py CHECKPOINT OUT --format onnx|torch|aoti|safetensors
+    python scripts/export.py CHECKPOINT OUT --format onnx|torch|aoti|safetensors [--size PIXELS]
 
-onnx         OUT.onnx, for any runtime; images of any batch and size
+onnx         OUT.onnx, for any runtime; images of any batch, and of any size where there is no --size
 torch        OUT.pt2, for torch.export.load: no code of this project needed
 aoti         OUT.pt2, compiled for this machine's CPU (with --device cuda: GPU), for C++ or aoti_load_package; minutes
 safetensors  a folder OUT with model.safetensors and a model card
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--format", choices=(*WRITERS, "safetensors"), required=True)
     parser.add_argument("--device", default="cpu", help="of an aoti package")
+    parser.add_argument("--size", type=int, metavar="PIXELS", help="a side of the images: for networks that need it")
     arguments = parser.parse_args()
     try:
         if not arguments.out.absolute().parent.is_dir():
@@ -42,7 +43,7 @@ def main() -> int:
         if arguments.format == "safetensors":
             export.save_safetensors(model, arguments.out, class_names or (), preparation=export.IMAGENET | data)
         else:
-            WRITERS[arguments.format](model, arguments.out)
+            WRITERS[arguments.format](model, arguments.out, arguments.size)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -233,7 +233,7 @@ def test_wrong_options_are_refused(name: str, options: dict, message: str) -> No
 
 def test_images_that_are_too_small_or_too_large() -> None:
     with torch.device("meta"):
-        with pytest.raises(ValueError, match=r"the images have 64 x 160 pixels; SAN reflects .* at least 128 a side"):
+        with pytest.raises(ValueError, match=r"features of 2 x 5 pixels cannot be .* at least 128 pixels a side"):
             involution.create_model("san10_patchwise")(torch.empty(1, 3, 64, 160))
         with pytest.raises(ValueError, match="attention along 64 pixels; the position tables reach 56"):
             involution.create_model("axial_resnet26s")(torch.empty(1, 3, 256, 256))

@@ -24,6 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
+from involution.checks import SizeError
 from involution.engine import arguments, signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
@@ -114,7 +115,7 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
 
 def _outcome(error: Exception) -> tuple[int, str]:
     """The exit status for an error, and what to say."""
-    if isinstance(error, UserError | BadImageError):
+    if isinstance(error, UserError | BadImageError | SizeError):
         return EXIT_USAGE, str(error)
     if isinstance(error, Stopped):
         return EXIT_ERROR, str(error)

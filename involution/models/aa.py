@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.checks import check_positive
+from involution.checks import NotTraced, check_positive
 from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
 
 HEADS = 8
@@ -77,15 +77,13 @@ def distances(table: Tensor, side: int) -> Tensor:
     length = (len(table) + 1) // 2
     place = torch.arange(side, device=table.device)
     away = place - place[:, None]  # key - query
-    if side == length:
-        return table[away + length - 1]
     scaled = (away * (length / side) + length - 1).clamp(0, len(table) - 1)
     below = scaled.floor().long().clamp(max=max(len(table) - 2, 0))
     share = (scaled - below).to(table.dtype).unsqueeze(2)
     return table[below] * (1 - share) + table[(below + 1).clamp(max=len(table) - 1)] * share
 
 
-class AugmentedConvolution(nn.Module):
+class AugmentedConvolution(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride)): a 3x3 convolution and, beside it, attention.
 
     Args:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.checks import check_odd, check_positive
+from involution.checks import NotTraced, SizeError, check_odd, check_positive
 from involution.kernel_generation import stride_pool
 from involution.models.staged import StagedNetwork
 from involution.sequence import norm_relu, sequence
@@ -31,7 +31,7 @@ QUERIES = 14  # a block of them shares its keys where the span is limited
 TABLE = 509  # rows of a table, distances -254 ... 254
 
 
-class AxialAttention(nn.Module):
+class AxialAttention(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, H, W): attention along one axis, "height" or "width".
 
     Args:
@@ -78,7 +78,7 @@ class AxialAttention(nn.Module):
         length, reach = query.shape[3], (query.shape[3] if self.span is None else self.span // 2)
         if length <= QUERIES + 2 * reach:  # one block
             if 2 * length - 1 > self.table:
-                raise ValueError(
+                raise SizeError(
                     f"attention along {length} pixels; the position tables reach {(self.table + 1) // 2}. "
                     "Make the model with a larger image_size"
                 )

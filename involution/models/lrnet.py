@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from involution.attention import window_softmax
-from involution.checks import check_odd, check_positive
+from involution.checks import NotTraced, check_odd, check_positive
 from involution.models.bottleneck import EXPANSION, STAGE_WIDTHS, Bottleneck, BottleneckNetwork
 from involution.ops import involution2d, neighbourhood_product
 from involution.sequence import sequence
 
 
-class LocalRelation(nn.Module):
+class LocalRelation(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
     def __init__(self, channels: int, kernel_size: int, stride: int, dilation: int, group_channels: int) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from involution.checks import check_positive
+from involution.checks import NotTraced, SizeError, check_positive
 from involution.kernel_generation import SpanGeneration
 from involution.models.staged import StagedNetwork
 from involution.ops import involution2d, span_involution2d
@@ -29,7 +29,13 @@ SMALLEST = 128  # pixels a side: the last stage's 4 pixels are the fewest that c
 
 def reflect(x: Tensor, kernel_size: int) -> Tensor:
     """``x`` with its border reflected, so that each pixel has a window."""
-    return F.pad(x, (kernel_size // 2,) * 4, mode="reflect")
+    border, (height, width) = kernel_size // 2, x.shape[2:]
+    if min(height, width) <= border:
+        raise SizeError(
+            f"features of {height} x {width} pixels cannot be reflected by {border} at their borders; SAN takes images "
+            f"of at least {SMALLEST} pixels a side (data.train_size and data.val_size)"
+        )
+    return F.pad(x, (border,) * 4, mode="reflect")
 
 
 def neighbours(x: Tensor, kernel_size: int) -> Tensor:
@@ -101,7 +107,7 @@ class PatchwiseGeneration(SpanGeneration):
         return sequence(y, self.bn1, self.act1, self.conv1, self.bn2, self.act2)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(NotTraced, nn.Module):
     """SAN's layer: (B, C, H, W) -> (B, C/4, H, W)."""
 
     def __init__(self, kind: str, channels: int, kernel_size: int) -> None:
@@ -190,16 +196,6 @@ class SAN(StagedNetwork):
             in_channels = channels
         self.num_features = in_channels
         self.add_classifier(num_classes)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) -> features (B, 2048, H/32, W/32)."""
-        if min(x.shape[2:]) < SMALLEST:
-            size = " x ".join(map(str, x.shape[2:]))
-            raise ValueError(
-                f"the images have {size} pixels; SAN reflects the borders of 1/32 of that, which takes at least "
-                f"{SMALLEST} a side (data.train_size and data.val_size)"
-            )
-        return super().forward_features(x)
 
 
 _DEPTHS = {10: (2, 1, 2, 4, 1), 15: (3, 2, 3, 5, 2), 19: (3, 3, 4, 6, 3)}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from involution.attention import position_scores, window_softmax
-from involution.checks import check_odd, check_positive
+from involution.checks import NotTraced, check_odd, check_positive
 from involution.kernel_generation import stride_pool
 from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork
 from involution.ops import involution2d, neighbourhood_product
@@ -37,7 +37,7 @@ def check_heads(heads: int, channels: int) -> None:
         )
 
 
-class LocalAttention(nn.Module):
+class LocalAttention(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, Ho, Wo): attention over the K x K window of each pixel, then pooling by ``stride``."""
 
     def __init__(self, channels: int, kernel_size: int, stride: int, heads: int) -> None:
@@ -74,7 +74,7 @@ class LocalAttention(nn.Module):
         return x.shape[2] * x.shape[3] * self.heads * self.kernel_size**2
 
 
-class AttentionStem(nn.Module):
+class AttentionStem(NotTraced, nn.Module):
     """Attention inside each 4 x 4 block of pixels, whose values are mixed by place; BatchNorm, ReLU.
 
     v_ab = sum over m of p(a, b, m) Wv_m x_ab, p = softmax over m of (row(a) + column(b)) . nu_m.
@@ -100,12 +100,13 @@ class AttentionStem(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         padding = (0, -width % BLOCK, 0, -height % BLOCK)
-        inside = F.pad(x.new_ones(1, 1, height, width), padding)
+        inside = F.pad(x.new_ones(1, 1, height, width), padding).expand(x.shape[0], -1, -1, -1)
         x = F.pad(x, padding)
         query, key, value = (self._blocks(t) for t in (self.query(x), self.key(x), self.mixed(self.value(x))))
-        mask = self._blocks(inside, heads=1).squeeze(4).unsqueeze(3) > 0  # (1, blocks, 1, 1, pixels)
+        mask = self._blocks(inside, heads=1).transpose(2, 3) > 0  # (B * blocks, 1, 1, pixels)
         y = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
-        y = y.unflatten(3, (BLOCK, BLOCK)).unflatten(1, (x.shape[2] // BLOCK, -1))  # B rows columns heads 4 4 D
+        blocks = (x.shape[0], x.shape[2] // BLOCK, x.shape[3] // BLOCK)
+        y = y.unflatten(2, (BLOCK, BLOCK)).unflatten(0, blocks)  # B rows columns heads 4 4 D
         y = y.permute(0, 3, 6, 1, 4, 2, 5).reshape(x.shape[0], -1, *x.shape[2:])
         return sequence(y[:, :, :height, :width], self.bn1, self.act1)
 
@@ -117,9 +118,9 @@ class AttentionStem(nn.Module):
         return torch.einsum("bmchw,mhw->bchw", values.unflatten(1, (MIXTURES, -1)), weights.repeat(repeats))
 
     def _blocks(self, x: Tensor, heads: int | None = None) -> Tensor:
-        """(B, heads*D, H, W) -> (B, blocks, heads, 16, D)."""
+        """(B, heads*D, H, W) -> (B * blocks, heads, 16, D)."""
         x = x.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).unflatten(1, (heads or self.heads, -1))
-        return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(1, 2)
+        return x.permute(0, 3, 5, 1, 4, 6, 2).flatten(4, 5).flatten(0, 2)
 
     def products(self, x: Tensor, output: Tensor) -> int:
         """q . k and the weighted sums over 16 pixels, as many for the positions, and the mixing."""

@@ -1,0 +1,78 @@
+"""The self-attention families through the real train.py: training, kill -9 and resuming, what is refused."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from programs import in_process, start
+from reliability import command, kill, lines, outcome, saved_step, wait_until, write_images
+
+FEW = ["train.global_batch_size=4", "train.checkpoint_every_steps=1", "data.loader=torch"]
+LARGE = ["data.train_size=128", "data.val_size=128", "data.val_resize=128"]  # the least that SAN takes
+FAMILIES = {
+    "standalone_resnet26": [],
+    "lrnet26": [],
+    "san10_pairwise": LARGE,
+    "aa_resnet50": ["model.image_size=32"],
+    "axial_resnet26s": ["model.image_size=32"],
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "blobs", val=3)
+
+
+@pytest.fixture
+def _deterministic() -> Iterator[None]:
+    """What runs in this process leave behind is put back."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def train(run: Path, images: Path, *overrides: str) -> None:
+    ended = in_process("train.py", *command(run, images, *overrides)[2:])
+    assert ended.status == 0, ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_deterministic")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_killed_it_resumes_and_ends_bit_equal(name: str, images: Path, tmp_path: Path) -> None:
+    """In a process of its own it is killed; this one trains to the end, for imports take longer than the steps."""
+    overrides = [f"model={name}", "train.max_steps=2", *FEW, *FAMILIES[name]]
+    process = start(command(tmp_path / "run", images, *overrides))
+    wait_until(lambda: saved_step(tmp_path / "run") >= 1, process)
+    kill(process)
+    assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
+    for run in ("untouched", "run"):
+        train(tmp_path / run, images, *overrides)
+    assert "going on from" in (tmp_path / "run" / "train.log").read_text()
+    assert [line["step"] for line in lines(tmp_path / "run")] == [2]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "untouched")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("san10_patchwise", ["data.val_size=64"], "features of 2 x 2 pixels .* at least 128"),
+        ("san10_patchwise", [*LARGE, "data.train_size=96"], "features of 3 x 3 pixels .* at least 128"),
+        ("standalone_resnet26", ["model.heads=3"], "heads is 3; it should divide the layer's 64 channels"),
+        ("lrnet26", ["model.group_channels=16"], "group_channels is 16; it should divide the layer's 104 channels"),
+        ("axial_resnet26s", ["model.image_size=16"], "attention along 8 pixels; the position tables reach 4"),
+        ("axial_resnet_s", ["model.span=14"], "span is 14; it should be odd"),
+        ("aa_resnet50", ["model.image_size=0"], "image_size is 0"),
+        ("san10_pairwise", ["model.kernel_size=3"], "kernel_size"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_one_message(
+    name: str, overrides: list[str], message: str, images: Path, tmp_path: Path
+) -> None:
+    arguments = command(tmp_path / "run", images, f"model={name}", *FEW, *overrides)[2:]
+    ended = in_process("train.py", *arguments)
+    assert ended.status == 2, ended.stderr
+    (error,) = [line for line in ended.stderr.splitlines() if line.startswith("train.py: ")]
+    assert re.search(message, error)
+    assert "Traceback" not in ended.stderr
