@@ -1,4 +1,4 @@
-"""Registers the RedNets with timm whether timm is imported before or after involution, or never.
+"""Registers our networks with timm whether timm is imported before or after involution, or never.
 
 Importing timm takes longer than importing torch does, so involution does not import it; it waits for the user to.
 """
@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-ENTRY = "involution.models.timm_rednet"
+ENTRIES = ("involution.models.timm_rednet", "involution.models.timm_attention")
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as the other finders do, and imports ENTRY once timm has run."""
+    """Finds timm as the other finders do, and imports ENTRIES once timm has run."""
 
     searching = False
 
@@ -44,9 +44,10 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     try:
-        importlib.import_module(ENTRY)
+        for entry in ENTRIES:
+            importlib.import_module(entry)
     except ImportError as error:  # a timm too old or too new must not make "import timm" fail
-        warnings.warn(f"RedNets are not registered with this timm: {error}", stacklevel=2)
+        warnings.warn(f"our models are not registered with this timm: {error}", stacklevel=2)
 
 
 def register_with_timm() -> None:

@@ -1,10 +1,12 @@
-"""RedNets under timm's names and conventions: ``timm.create_model("rednet50", features_only=True)``.
+"""RedNets under timm's names and conventions, ``timm.create_model("rednet50", features_only=True)``, and what every
+network of ours needs to be one of timm's (``timm_attention.py`` has the self-attention family).
 
 Imported by ``involution`` as soon as timm is; the weights' names are those of ``involution.create_model``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from involution.layers import Involution2d
 from involution.models.rednet import RedNet
+from involution.models.staged import StagedNetwork
 from involution.weights import open_weights, to_ours
 from involution.weights.published import PUBLISHED
 
@@ -25,12 +28,12 @@ register_notrace_module(Involution2d)  # timm's torch.fx graphs keep the layer w
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-class TimmRedNet(RedNet):
-    """RedNet with what timm expects of a model; ``options`` are RedNet's."""
+class TimmNetwork(StagedNetwork):
+    """What timm expects of a model; for the network's class to be added as the second base."""
 
     def __init__(
         self,
-        depths: Sequence[int],
+        *arguments: Any,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         device: torch.device | str | None = None,
@@ -38,7 +41,7 @@ class TimmRedNet(RedNet):
         **options: Any,
     ) -> None:
         with nullcontext() if device is None else torch.device(device):
-            super().__init__(depths, **options)
+            super().__init__(*arguments, **options)
         self.to(dtype=dtype)
         self.in_chans = options.get("in_chans", 3)
         self.drop_rate = drop_rate
@@ -126,18 +129,26 @@ class TimmRedNet(RedNet):
         return x if pre_logits else self.fc(x)
 
 
+class TimmRedNet(TimmNetwork, RedNet):
+    """RedNet; ``options`` are its."""
+
+
+CFG = {
+    "num_classes": 1000,
+    "input_size": (3, 224, 224),
+    "pool_size": (7, 7),
+    "crop_pct": 0.875,
+    "interpolation": "bilinear",
+    "mean": IMAGENET_DEFAULT_MEAN,
+    "std": IMAGENET_DEFAULT_STD,
+    "classifier": "fc",
+}
+
+
 def _cfg(name: str) -> dict[str, Any]:
-    return {
+    return CFG | {
         "url": PUBLISHED[name].url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bilinear",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.conv1",
-        "classifier": "fc",
         "license": PUBLISHED[name].licence.lower(),
         "paper_ids": "arXiv:2103.06255",
         "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
@@ -148,24 +159,28 @@ def _cfg(name: str) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs({name: _cfg(name) for name in (f"rednet{n}" for n in (26, 38, 50, 101, 152))})
 
 
-def _create(name: str, depths: Sequence[int], pretrained: bool, **options: Any) -> nn.Module:
+def build_of(network: Callable[..., nn.Module], name: str, pretrained: bool, **options: Any) -> nn.Module:
     """Weights are the published ones, or those of ``pretrained_cfg_overlay={"file": PATH}``: ours, released, timm's."""
     overlay = dict(options.pop("pretrained_cfg_overlay", None) or {})
     elsewhere = any(overlay.get(key) for key in ("url", "hf_hub_id", "state_dict"))
-    if pretrained and not elsewhere and isinstance(options.get("pretrained_cfg"), str | None):
+    known = name in PUBLISHED or "file" in overlay
+    if pretrained and known and not elsewhere and isinstance(options.get("pretrained_cfg"), str | None):
         overlay["state_dict"] = open_weights(overlay.pop("file", name)).to_ours()  # timm reads torch's own files alone
     model = build_model_with_cfg(
-        TimmRedNet,
+        network,
         name,
         pretrained,
         pretrained_filter_fn=lambda state, model: to_ours(state),
         pretrained_cfg_overlay=overlay or None,
-        depths=depths,
         **options,
     )
     for module in model.modules():  # of features, the network inside
         getattr(module, "pretrained_cfg", {}).pop("state_dict", None)
     return model
+
+
+def _create(name: str, depths: Sequence[int], pretrained: bool, **options: Any) -> nn.Module:
+    return build_of(partial(TimmRedNet, depths), name, pretrained, **options)
 
 
 @register_model
