@@ -1,6 +1,6 @@
 """Measure the operator, the models, the training loop and the data loaders of this repository.
 
-    python scripts/benchmark.py op             the operator: stages of RedNet-50, every backend, the roofline
+    python scripts/benchmark.py op             the operator: stages of RedNet-50, every backend, the roofline, attention
     python scripts/benchmark.py model          RedNets against ResNets: inference, training, memory, Table 2
     python scripts/benchmark.py detection      Faster R-CNN with RedNet-50, with ResNet-50, and torchvision's own
     python scripts/benchmark.py loop           the trainer's step against a bare loop

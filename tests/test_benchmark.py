@@ -35,13 +35,16 @@ def test_op(tmp_path: Path) -> None:
     assert set(tables[0]["rows"][0]["unfold / cpu"]) == {"median", "low", "high"}
     assert min(numbers(tables[:5])) > 0
     assert "GB/s (stream triad" in output
+    layers = next(table["rows"] for table in tables if table["title"].startswith("Attention layers"))
+    assert {row["layer"] for row in layers} == {"Stand-Alone", "LR-Net", "SAN pairwise", "SAN patchwise"}
+    assert all(row["unfold / ours"]["median"] > 0 for row in layers)
     assert "MALLOC_TRIM_THRESHOLD_=" in output
 
 
 def test_model(tmp_path: Path) -> None:
-    _, tables = benchmark(tmp_path, "model", "--allocator", "default")
+    _, tables = benchmark(tmp_path, "model", "--attention", "--allocator", "default")
     titles = [table["title"] for table in tables]
-    for begin in ("Inference", "Where inference", "Training step", "Peak memory"):
+    for begin in ("Inference", "Where inference", "Self-attention", "Training step", "Peak memory"):
         assert any(title.startswith(begin) for title in titles), titles
     row = tables[0]["rows"][0]
     assert row["RedNet folded (ms)"] > 0
@@ -66,6 +69,8 @@ def test_table_2_is_the_papers_with_ours_beside_it(monkeypatch: pytest.MonkeyPat
     assert (resnet["our CPU, eager (ms)"], resnet["our CPU, best (ms)"], deep["our CPU, best (ms)"]) == (40, 30, 70)
     assert foreign["our CPU, best (ms)"] is None
     assert foreign["ResNet-50's / this, paper's CPU"] is None
+    attention = [{"model": "san19_pairwise", "eager (ms)": 90.0, "folded (ms)": 60.0}]
+    assert table2(measured, "cpu", attention)[2]["ResNet-50's / this, ours"] == pytest.approx(0.5)
     assert table2(measured, "cuda")[2]["ResNet-50's / this, paper's GPU"] == pytest.approx(11.4 / 33.2)
     assert table2([{"depth": 26, "batch": 1, **both}], "cpu") == []
     Report("", {}).table("rows of unequal keys", measured)

@@ -24,6 +24,8 @@ from involution import create_model, fold
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
+#: Table 2's self-attention networks (SAN19 in both kinds), and Stand-Alone ResNet-50
+FAMILIES = ("san19_pairwise", "san19_patchwise", "axial_resnet_s", "standalone_resnet50")
 
 
 def images(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
@@ -55,7 +57,8 @@ def inference_variants(name: str, args: argparse.Namespace) -> dict[str, Callabl
     """Variant -> callable; all give the same logits."""
     dtype = DTYPES[args.dtype]
     model = trained(name, args.side, args.device)
-    variants: dict[str, Any] = {"eager": model.to(dtype), "folded": fold(model.float()).to(dtype)}
+    variants: dict[str, Any] = {"folded": fold(model).to(dtype)}
+    variants = {"eager": model.to(dtype), **variants}
     if args.compile:
         variants["compiled"] = frozen(copy.deepcopy(variants["folded"]))
     x = images(2, args.side, args.device, dtype)
@@ -81,6 +84,26 @@ def inference(depth: int, batch: int, args: argparse.Namespace, variants: dict[s
         for variant, model in variants[f"{kind}{depth}".lower()].items()
     }
     return row(depth, batch, timing.interleave(cases, args.repeats, args.device))
+
+
+def families(args: argparse.Namespace) -> list[Row]:
+    """Self-attention networks and ResNet-50, one image at a time."""
+    names = ("san10_patchwise",) if args.quick else FAMILIES
+    side = max(args.side, 128)  # SAN's least
+    x = images(1, side, args.device, DTYPES[args.dtype])
+    cases: dict[str, Call] = {}
+    for name in ("resnet26" if args.quick else "resnet50", *names):
+        model = trained(name, side, args.device)
+        variants = {"folded": fold(model).to(DTYPES[args.dtype]), "eager": model.to(DTYPES[args.dtype])}
+        cases |= {f"{name} {variant}": partial(torch.no_grad()(m), x) for variant, m in variants.items()}
+    samples = timing.interleave(cases, args.repeats, args.device)
+    base = next(iter(samples)).split()[0]
+    return [
+        {"model": name}
+        | {f"{variant} (ms)": timing.ms(samples, f"{name} {variant}") for variant in ("eager", "folded")}
+        | {f"{base}'s / this, folded": timing.ratio(samples, f"{base} folded", f"{name} folded")}
+        for name in (base, *names)
+    ]
 
 
 def training(depth: int, args: argparse.Namespace) -> Row:
@@ -148,12 +171,15 @@ def run(args: argparse.Namespace, report: Report) -> None:
     names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
     if parts & {"inference", "breakdown"}:
         variants = {name: inference_variants(name, args) for name in names}
+    others = families(args) if args.attention else []
     if "inference" in parts:
         rows = [inference(depth, batch, args, variants) for batch in args.batch for depth in args.depth]
         note = "eager; folded: by involution.fold; compiled: inductor with freezing, of the folded model."
         report.table(f"Inference, {settings}", rows, note)
-        if found := table2(rows, args.device):
+        if found := table2(rows, args.device, others):
             report.table("The paper's Table 2 (latency of one image)", found, NOTE)
+    if others:
+        report.table(f"Self-attention, inference of one image, {args.dtype}", others)
     if "breakdown" in parts:
         variant = "compiled" if args.compile else "folded"
         for batch in args.batch:
@@ -192,6 +218,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="training in bf16 is autocast (default fp32)")
     parser.add_argument("--only", choices=("inference", "training", "memory", "breakdown"), help="default: all four")
+    parser.add_argument("--attention", action="store_true", help="the self-attention networks of Table 2 as well")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled inference out")
     parser.add_argument(
         "--compile-training", action="store_true", help="compiled training steps as well (minutes each)"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import attention, timing
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import bandwidth, fill_heap, peak_flops
 from benchmarks.problem import DTYPES, OTHERS, STAGES, Problem, Shape, describe, size
@@ -190,6 +190,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
             f"span convolution + involution, {what}", rows, "Fused: span_involution2d, kernels never in memory."
         )
         means(report, what, rows, args.batch, "unfused / fused")
+    attention.tables(bench, args.batch, report, args.quick)
     batch = max(args.batch)
     cases = ("unfold", "unfused", "fused")[2 * args.quick :]
     peaks = {case: fresh(peak_memory, case, batch, args.device, args.dtype, args.quick) for case in cases}
