@@ -46,6 +46,19 @@ def test_a_pyramid_of_odd_sizes(neck, extra, levels):
     assert not any(m.bias.any() for m in pyramid.modules() if isinstance(m, nn.Conv2d) and m.bias is not None)
 
 
+@pytest.mark.parametrize("name", ["standalone_resnet26", "lrnet26", "aa_resnet50"])
+def test_attention_as_backbone(name):
+    backbone = build_backbone({"name": name, "freeze": 1}).train()
+    found = backbone(torch.randn(2, 3, 65, 97))
+    sizes = [(17, 25), (9, 13), (5, 7), (3, 4)]
+    assert [tuple(x.shape[1:]) for x in found] == [(c, *size) for c, size in zip(LEVELS, sizes)]
+    sum(x.square().mean() for x in found).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
+    for other in ("san10_pairwise", "axial_resnet26s"):
+        with torch.device("meta"), pytest.raises(ValueError, match="no network of bottlenecks"):
+            build_backbone(other)
+
+
 def test_a_backbone_starts_from_a_classifier_s_weights(tmp_path):
     model = involution.create_model("rednet26", num_classes=5, stem_kernel_size=7)
     torch.save(model.state_dict(), tmp_path / "ours.pt")
