@@ -99,4 +99,6 @@ def test_data(tmp_path: Path) -> None:
 def test_wrong_arguments_are_explained(tmp_path: Path) -> None:
     done = python("scripts/benchmark.py", "modle")
     assert done.status == 2
-    assert "op, model, loop, data" in done.stderr or "'op', 'model', 'loop', 'data'" in done.stderr
+    assert (
+        "op, model, detection, loop, data" in done.stderr or "'op', 'model', 'detection', 'loop', 'data'" in done.stderr
+    )

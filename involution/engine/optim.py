@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 Schedule = Callable[[int], float]
 
@@ -104,11 +106,13 @@ def build_schedule(
     return warmup(schedule, steps, warmup_start) if steps else schedule
 
 
-def exponential_average(model: nn.Module, decay: float) -> ModelEmaV3:
+def exponential_average(model: nn.Module, decay: float) -> "ModelEmaV3":
     """A copy of the model whose weights and BatchNorm statistics follow the model's.
 
     `update(model, step)` after optimizer step number `step`, counted from 1, makes them w += (1 - d) (model - w) with
     d = min(decay, 1 - step^(-2/3)), timm's warm-up. It therefore forgets the random start however short the run:
     0.9999 alone would leave 98 % of it after 180 steps. Its only state is the weights, so it resumes exactly.
     """
+    from timm.utils import ModelEmaV3  # training without an average needs no timm
+
     return ModelEmaV3(model, decay=decay, use_warmup=True)

@@ -192,7 +192,8 @@ class Trainer:
             scores = self.evaluate()
             self.metrics = {name: scores[name] for name in self.task.names}  # without how long it took
         score = scores.get(self.task.headline)
-        is_best = score is not None and (self.best is None or score > self.best)
+        better = score is not None and (self.best is None or score > self.best)
+        is_best = better and not self.learner.guard.in_row.item()
         self.best = score if is_best else self.best
         line = {"epoch": epoch, "step": self.step, "lr": self.schedule(self.step - 1)} | self.meter.epoch()
         line |= {f"val_{name}": scores.get(name) for name in self.task.names}
@@ -205,7 +206,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, Any]:
         """Score the model (its average where one is kept) on the whole validation set."""
-        model = self.learner.model if self.learner.ema is None else self.learner.ema
+        model = self.learner.model if self.learner.ema is None else self.learner.ema.module
         broadcast_buffers(model)
         scores = evaluate(
             model, self.val_loader, self.task.evaluation(), self.world, samples=self.val_size,
@@ -218,7 +219,7 @@ class Trainer:
     def save(self, is_best: bool = False) -> None:
         """Write a checkpoint, in the background; but none amid non-finite steps, which its weights may cause."""
         self.check_numbers()
-        if self.learner.guard.in_row.item() and not is_best:
+        if self.learner.guard.in_row.item():
             return
         self.last_save = time.monotonic()
         state = self.state_dict()

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
@@ -84,7 +83,6 @@ class DetectedGallery:
     @torch.inference_mode()
     def draw(self, model: nn.Module) -> dict[str, Tensor]:
         """{title: picture (3, H, W) in [0, 1]}. The model stays as it is."""
-        model = model.module if isinstance(model, ModelEmaV3) else model
         if not self.pictures:
             return {}
         names = self.images.class_names

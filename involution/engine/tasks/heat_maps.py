@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import data
@@ -31,7 +30,6 @@ class HeatMaps:
 
     def draw(self, model: nn.Module) -> dict[str, Tensor]:
         """{title: picture (3, H, W) in [0, 1]}; empty for a model without involutions. The model stays as it is."""
-        model = model.module if isinstance(model, ModelEmaV3) else model
         layer = find_layer(model)
         if layer is None or not len(self.images):
             return {}

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,7 +49,6 @@ class Overlays:
     @torch.no_grad()
     def draw(self, model: nn.Module) -> dict[str, Tensor]:
         """A row a sample: picture, truth, prediction."""
-        model = model.module if isinstance(model, ModelEmaV3) else model
         device = next(model.parameters()).device
         rows = []
         with evaluating(model):
