@@ -182,7 +182,10 @@ def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
     ("arguments", "message"),
     [
         (["ablation=stem"], "python train.py -m ablation=stem"),
-        (["-m", "ablation=stm"], "did you mean stem? Known: group_channels, kernel_generation, kernel_size, stem\n"),
+        (
+            ["-m", "ablation=stm"],
+            "did you mean stem? Known: attention, group_channels, kernel_generation, kernel_size, stem\n",
+        ),
         (["-m", "recipe=demo", "model.kernelsize=3,5"], "did you mean model.kernel_size?"),
         (["-m", "recipe=demo", "model.kernel_size=3,4"], "kernel_size is 4; it should be odd"),
         (["-m", "recipe=demo", "train.epochs=1,0"], "train.epochs=0 should be at least 1"),
