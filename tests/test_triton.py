@@ -1,4 +1,4 @@
-"""The Triton backend without a GPU: results through the interpreter, resources through the compiler."""
+"""The Triton backend without a GPU: results (interpreter), arguments (launcher), resources (compiler)."""
 
 import os
 import subprocess
@@ -17,9 +17,10 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 
 
-def test_results_through_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_interpreted.py")]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+@pytest.mark.parametrize(("file", "interpreted"), [("triton_interpreted.py", "1"), ("triton_launched.py", "0")])
+def test_results_through_the_interpreter_and_launches_through_the_launcher(file: str, interpreted: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": interpreted}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
 
 
