@@ -63,7 +63,7 @@ def test_values_and_gradients(case: tuple) -> None:
     expected = reference.involution2d(exact[0], exact[1], stride, padding, dilation)
     results = [out, *torch.autograd.grad(out, leaves[:2], grad)]
     references = [expected, *torch.autograd.grad(expected, exact[:2], grad.double())]
-    if case in CASES[:2]:  # the gradients again, one by one
+    if case == CASES[5]:  # the gradients again, one by one
         options = (stride, padding, dilation)
         results += [
             torch.ops.involution.involution2d_transpose(grad, values[1], *values[0].shape[2:], *options),
@@ -101,7 +101,7 @@ def test_an_infinite_value_stays_in_its_neighbourhood() -> None:
 
 
 def test_operator_registration() -> None:
-    (input, kernel, reduced, weight, bias), _ = tensors(CASES[3])
+    (input, kernel, reduced, weight, bias), _ = tensors((1, 2, 1, 1, 2, 3, 2, 1, 1, 0, torch.float32, True, True))
     for tensor in (input, kernel, reduced, weight, bias):
         tensor.requires_grad_()
     torch.library.opcheck(torch.ops.involution.involution2d.default, (input, kernel, 1, 0, 1))
