@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from report import PAPER, find_runs, settings
+from model_table import PAPER
+from runs import find_runs, settings
 
 AXES = (("flops", "FLOPs"), ("params", "parameters"))
 
@@ -40,7 +41,7 @@ def paper(axes: Any) -> None:
 def own(axes: Any, folders: list[Path]) -> None:
     """One point a setting."""
     for index, (setting, runs) in enumerate(settings(find_runs(folders)).items()):
-        scores = [run.top1 for run in runs if run.finished and run.top1 is not None]
+        scores = [top for run in runs if run.finished and (top := run.score("top1")) is not None]
         if not scores:
             continue
         cost, bar = runs[0].complexity(), stdev(scores) if len(scores) > 1 else 0

@@ -4,6 +4,7 @@
     python scripts/report.py runs/study --format latex --out table.tex   (booktabs); also csv
     python scripts/report.py --compare RUN_A RUN_B                       McNemar's test on the same images
 
+Runs of detectors and segmentors make a table in the form of the paper's Table 3 (dense_report.py), others this one:
 Top-1 is that of the last epoch. "To default" is the difference to the same model (for a ResNet the RedNet of its depth)
 and stem with nothing else changed. The paper's figures (docs/paper) and the difference to them are for ImageNet.
 --compare takes what `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, or folders with a predictions.csv.
@@ -11,108 +12,16 @@ and stem with nothing else changed. The paper's figures (docs/paper) and the dif
 
 import argparse
 import csv
-import inspect
 import io
-import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
 
-import torch
-import yaml
+import dense_report
 from model_table import ABLATIONS, PAPER
+from runs import Run, find_runs, settings
 
-from involution.complexity import Complexity, count
-from involution.models import RedNet, create_model
-
-DEFAULTS = {name: p.default for name, p in inspect.signature(RedNet).parameters.items()}
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-PLACE = {"name", "output_root", "device", "seed"}  # what does not make it another setting
-
-
-@dataclass
-class Run:
-    """One run folder."""
-
-    path: Path
-    config: dict[str, Any]
-    lines: list[dict[str, Any]]
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").is_file()
-
-    @property
-    def top1(self) -> float | None:
-        scores = [line["val_top1"] for line in self.lines if line.get("val_top1") is not None]
-        return scores[-1] if scores else None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What differs from the model's defaults."""
-        model = self.config["model"]
-        return {k: v for k, v in model.items() if k in DEFAULTS and k != "num_classes" and v != DEFAULTS[k]}
-
-    @property
-    def setting(self) -> str:
-        options = (f"{k}={'C' if v is None else v}" for k, v in self.options.items())
-        return " ".join([self.config["model"]["name"], *options])
-
-    def complexity(self) -> Complexity:
-        side = self.config["data"]["val_size"]
-        with torch.device("meta"):
-            return count(create_model(**self.config["model"]), (3, side, side))
-
-
-def find_runs(folders: list[Path]) -> list[Run]:
-    """Every run in or below the folders.
-
-    Raises:
-        ValueError: a folder does not exist or holds no run, or a run's files are damaged.
-    """
-    runs: dict[Path, Run] = {}
-    for folder in folders:
-        found = sorted(path.parent for path in folder.rglob("config.yaml") if path.parent.name != ".hydra")
-        if not found:
-            what = "holds no runs (no config.yaml below it)" if folder.exists() else "does not exist"
-            raise ValueError(f"{folder} {what}; give folders that train.py wrote")
-        runs |= {path.resolve(): _read_run(path) for path in found}
-    return list(runs.values())
-
-
-def _read_run(path: Path) -> Run:
-    metrics = path / "metrics.jsonl"
-    text = metrics.read_text() if metrics.is_file() else ""
-    try:
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: config.yaml or metrics.jsonl is damaged: {error}") from error
-    if not isinstance(config, dict) or not {"model", "data", "train"} <= config.keys():
-        raise ValueError(f"{path}/config.yaml is not one that train.py wrote; give folders that train.py wrote")
-    return Run(path, config, lines)
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train.epochs": 5, ...}"""
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        result |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return result
-
-
-def settings(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by setting: the model with its options, and whatever else differs among the runs given."""
-    configs = [
-        {k: v for k, v in flat(run.config).items() if not k.startswith("model.") and k not in PLACE} for run in runs
-    ]
-    keys = sorted({key for config in configs for key in config if any(c.get(key) != config[key] for c in configs)})
-    groups: dict[str, list[Run]] = {}
-    for run, config in zip(runs, configs):
-        groups.setdefault(" ".join([run.setting, *(f"{key}={config.get(key)}" for key in keys)]), []).append(run)
-    return groups
 
 
 def default_of(run: Run) -> str:
@@ -139,9 +48,19 @@ def paper_top1(run: Run) -> str:
 
 
 def table(runs: list[Run]) -> list[dict[str, str]]:
-    """The rows of the report."""
+    """The rows of the report.
+
+    Raises:
+        ValueError: classifiers and dense models together.
+    """
+    if all(run.is_dense for run in runs):
+        return dense_report.table(runs)
+    if any(run.is_dense for run in runs):
+        raise ValueError("classifiers and detectors or segmentors have no scores in common; report them one by one")
     groups = settings(runs)
-    tops = {k: [r.top1 for r in group if r.finished and r.top1 is not None] for k, group in groups.items()}
+    tops = {
+        k: [top for r in group if r.finished and (top := r.score("top1")) is not None] for k, group in groups.items()
+    }
     means = {setting: mean(scores) for setting, scores in tops.items() if scores}
     rows = []
     for setting, group in groups.items():
