@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from involution.ops import involution2d, reference, span_involution2d
+from scripts.gpu import checks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,7 +83,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_in_a_cuda_graph() -> None:
     leaves = [v.detach() for v in operands(2, torch.bfloat16)]
-    expected = span_involution2d(*leaves, 7)  # also tunes, which a capture cannot
+    expected = span_involution2d(*leaves, 7)  # also compiles, which a capture cannot
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = span_involution2d(*leaves, 7)
@@ -102,3 +103,8 @@ def test_under_torch_compile() -> None:
     assert torch.equal(out, expected)
     for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_training_step_does_not_wait_for_the_gpu() -> None:
+    args = checks.parse(["synchronisations", "--batch", "8", "--size", "64"])
+    assert checks.synchronisations(args)["places"] == []

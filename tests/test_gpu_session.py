@@ -1,0 +1,80 @@
+"""What scripts/gpu_session.sh runs, as far as a CPU allows, and the page that is made of it."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from involution.weights import run_file
+from scripts.gpu import checks, page
+
+SMALL = ["--device", "cpu", "--precision", "fp32", "--models", "resnet26", "rednet26", "--size", "32", "--repeats", "4"]
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the session leaves it, of checks that really ran, on the CPU."""
+    out = tmp_path_factory.mktemp("session")
+    for i in range(4):
+        folder = out / "photos/train" / f"class {i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40, 40), (60 * i, 0, 90)).save(folder / f"{i}.jpg")
+    (out / "photos/val").symlink_to(out / "photos/train")
+    for name, value in (("whole", 1), ("resumed", 1), ("other", 2)):
+        (out / name / "checkpoints").mkdir(parents=True)
+        run_file.write(out / name / "checkpoints/last.pt", {"model": {"weight": torch.tensor([value])}})
+    photos = ["--root", str(out / "photos"), "--batch", "2", "4", "--workers", "1"]
+    runs = ["--runs", str(out / "whole"), str(out / "resumed")]
+    two = ["--batch", "2"]
+    for name, more in (("machine", []), ("step", two), ("profile", two), ("loader", photos), ("same-bits", runs)):
+        assert checks.main([name, "--out", str(out / f"{name}.json"), *SMALL, *more]) == 0
+    (out / "synchronisations.json").write_text('{"places": ["meter.py:39"]}')
+    (out / "steps.tsv").write_text("step\t124\t240\tpython a\nstep\t0\t31\tpython a\ntests\t1\t9\tpytest\n")
+    return out
+
+
+def test_the_page_says_what_was_measured(session: Path, tmp_path: Path) -> None:
+    assert page.main([str(session), "--out", str(tmp_path / "gpu")]) == 0
+    text = (tmp_path / "gpu.md").read_text()
+    measured = {row["model"]: row for row in json.loads((session / "step.json").read_text())["rows"]}
+    for row in measured.values():
+        assert row["step (ms)"] >= row["host (ms)"] > 0
+        assert row["images/s"] == pytest.approx(2000 / row["step (ms)"])
+    ratio = measured["rednet26"]["images/s"] / measured["resnet26"]["images/s"]
+    assert f"RedNet's speed in ResNet's: {ratio:.2f} at batch 2" in text
+    assert f"docs/cluster.md's r: {measured['rednet26']['images/s']:.0f} images/s at batch 2" in text
+    assert "waits for the GPU in meter.py:39" in text
+    assert "stopped and resumed ends with the bits" in text
+    assert "Pictures do not change" in text
+    assert "data.decoder=cpu" in text
+    assert "layer" in text or "conv" in text  # operators of the profile
+    rows = json.loads((tmp_path / "gpu.json").read_text())["tables"][0]["rows"]
+    assert [(row["step"], row["exit"]) for row in rows] == [("step", 0), ("tests", 1)]
+
+
+def test_other_weights_are_not_the_same_bits(session: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert checks.main(["same-bits", "--runs", str(session / "whole"), str(session / "other")]) == 0
+    assert json.loads(capsys.readouterr().out) == {"same": False, "different": ["weight"]}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_session_says_that_there_is_no_gpu(session: Path) -> None:
+    run = subprocess.run(
+        ["bash", "scripts/gpu_session.sh", str(session / "photos"), str(session / "out")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert "GPU" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_folder_without_photos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = subprocess.run(["bash", "scripts/gpu_session.sh", str(tmp_path)], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "FOLDER has train/<class>/ and val/<class>/" in run.stderr
+    assert page.main([str(tmp_path)]) == 2
+    assert "no machine.json" in capsys.readouterr().err
