@@ -1,5 +1,6 @@
 """Images for training and evaluation: data sets, and two loaders that give the same batches in the same order."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,7 @@ from data.datasets import DataSplits, open_dataset
 from data.decode import MAX_PIXELS, BadImageError
 from data.image_list import ImageList
 from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
+from data.mixing import Mixing
 from data.sampling import Plan, eval_batches
 from data.torch_loader import Pictures, TorchBackend
 from data.transforms import EvalTransform, TrainTransform
@@ -19,6 +21,7 @@ __all__ = [
     "DataSplits",
     "EvalLoader",
     "ImageList",
+    "Mixing",
     "TrainLoader",
     "dali_installed",
     "eval_loader",
@@ -40,6 +43,7 @@ def train_loader(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    mixing: Mixing | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     loader: str = "auto",
@@ -62,6 +66,7 @@ def train_loader(
         train_size: side of the pictures, or {first epoch: side} for progressive resizing, e.g. {0: 128, 30: 224}.
         scale, ratio: range of a crop's share of the area, and of its width / height.
         flip: probability of mirroring.
+        mixing: how batches are mixed.
         mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S).
         loader: "dali", "torch", or "auto" (dali where it is installed).
         dtype: of the images.
@@ -84,6 +89,7 @@ def train_loader(
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
     transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip)
     settings = _settings(images, transform, mean, std, dtype, device, workers, decoder, max_pixels)
+    settings = dataclasses.replace(settings, mixing=mixing)
     return TrainLoader(_backend(loader, settings), settings, plan, seed, on_error)
 
 

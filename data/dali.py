@@ -205,7 +205,8 @@ class _Run:
                 return
             done = self._running.popleft()
             pictures = self.backend.finish(windows, done.draws, done.size)
-            yield Loaded(pictures, torch.from_numpy(done.targets.astype(np.int64)), done.valid, done.bad)
+            targets = torch.from_numpy(done.targets.astype(np.int64))
+            yield Loaded(pictures, targets, done.valid, done.bad, done.work.request)
 
     def _refill(self) -> None:
         for request, pillow in itertools.islice(self.source, max(0, 2 - len(self._reading))):

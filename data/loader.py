@@ -15,6 +15,7 @@ import torch
 from data import sampling
 from data.decode import MAX_PIXELS, BadImageError
 from data.image_list import ImageList
+from data.mixing import Mixing
 from data.sampling import MicroBatch, Plan
 from data.transforms import Transform, normalise
 
@@ -24,17 +25,23 @@ Row = TypeVar("Row")
 
 
 class Batch(NamedTuple):
-    """images (b, C, S, S) normalised, channels_last; targets (b,) int64; only the first `valid` rows count."""
+    """images (b, C, S, S) normalised, channels_last; targets (b,) int64; only the first `valid` rows count.
+
+    Where pictures were mixed, each is a `share` of its own and, for the rest, of a partner of the class in `partners`.
+    """
 
     images: torch.Tensor
     targets: torch.Tensor
     valid: int
+    partners: torch.Tensor | None = None  # (valid,) int64
+    share: float = 1.0
 
     def to(self, device: torch.device, *, channels_last: bool) -> "Batch":
         """The batch on the device, copied beside the computation when it lies in pinned memory."""
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         images = self.images.to(device, non_blocking=True, memory_format=memory_format)
-        return self._replace(images=images, targets=self.targets.to(device, non_blocking=True))
+        partners = None if self.partners is None else self.partners.to(device, non_blocking=True)
+        return self._replace(images=images, targets=self.targets.to(device, non_blocking=True), partners=partners)
 
 
 class Loaded(NamedTuple):
@@ -44,6 +51,7 @@ class Loaded(NamedTuple):
     targets: torch.Tensor
     valid: int
     bad: list[BadImageError]
+    request: MicroBatch
 
     def to(self, device: torch.device) -> "Loaded":
         return self._replace(pictures=self.pictures.to(device, non_blocking=True))
@@ -62,6 +70,7 @@ class Settings:
     workers: int
     decoder: str = "cpu"
     max_pixels: int = MAX_PIXELS
+    mixing: Mixing | None = None
 
 
 class Backend(Protocol):
@@ -125,7 +134,12 @@ class _Loader:
     def _accept(self, loaded: Any) -> Any:
         self._note(loaded.bad)
         s = self.settings
-        return Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
+        batch = Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
+        if s.mixing is None:
+            return batch
+        mix = s.mixing.draw(loaded.request, *batch.images.shape[2:])
+        mix.apply(batch.images[: batch.valid])
+        return batch._replace(partners=loaded.targets[: batch.valid].flip(0), share=mix.share)
 
     def _note(self, bad: list[BadImageError]) -> None:
         """Raise bad files (on_error="stop") or note them in `skipped` {path: reason}."""

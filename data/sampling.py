@@ -15,7 +15,7 @@ CANDIDATES = 10  # windows RandomResizedCrop tries before it falls back to a cen
 DRAWS = 4 * CANDIDATES + 1  # area, ratio, top, left of every candidate, then the flip
 _MASK = np.uint64(0xFFFFFFFF)
 _CHUNK = 1 << 14  # samples numbered at once: stays in the cache
-_SHUFFLE, _AUGMENT, _PLAIN = 0, 1, 2  # separate streams of one seed
+_SHUFFLE, _AUGMENT, _PLAIN, _MIX = range(4)  # separate streams of one seed
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -47,6 +47,11 @@ def _words(seed: int, epoch: int, stream: int, indices: np.ndarray, blocks: int)
 def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     """(count,) numbers in [0, 1): as many as wanted, for whatever `index` numbers."""
     return _words(seed, 0, _PLAIN, np.array([index]), -(-count // 4))[0, :count].astype(np.float64) / 2.0**32
+
+
+def batch_uniforms(seed: int, epoch: int, position: int) -> np.ndarray:
+    """(128,) numbers in [0, 1) for the micro-batch that begins at a position of an epoch."""
+    return _words(seed, epoch, _MIX, np.array([position]), 32)[0].astype(np.float64) / 2.0**32
 
 
 def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -95,11 +100,15 @@ def crop_window(
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one rank loads at once: `indices` (batch_size,) of samples, of which the first `valid` count."""
+    """What one rank loads at once: `indices` (batch_size,) of samples, of which the first `valid` count.
+
+    `position` of the first one in the epoch's order: the same on any number of ranks.
+    """
 
     epoch: int
     indices: np.ndarray
     valid: int
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,7 +163,7 @@ class Plan:
         step, micro = divmod(batch, self._full)
         start = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.batch_size
         positions = np.arange(start, start + self.batch_size)
-        return MicroBatch(epoch, order[positions % self.n], int(np.clip(self.n - start, 0, self.batch_size)))
+        return MicroBatch(epoch, order[positions % self.n], int(np.clip(self.n - start, 0, self.batch_size)), start)
 
 
 def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:

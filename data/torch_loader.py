@@ -35,7 +35,7 @@ class Pictures(Dataset[Loaded]):
         blank = torch.zeros(size, size, 3, dtype=torch.uint8)
         good, targets, valid = arrange(rows, images.targets[request.indices], request.valid, blank)
         # in 8 bits and, in a worker, in shared memory: a quarter of the bytes between the processes, and to a GPU
-        return Loaded(default_collate(good), torch.from_numpy(targets.astype(np.int64)), valid, bad)
+        return Loaded(default_collate(good), torch.from_numpy(targets.astype(np.int64)), valid, bad, request)
 
     def _row(self, index: int, draw: list[float], size: int) -> torch.Tensor | BadImageError:
         images, transform = self.settings.images, self.settings.transform

@@ -13,6 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.decode import MAX_PIXELS
+from involution.engine import augmentation
 from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
 
@@ -37,13 +38,6 @@ class DataConfig:
 
 
 @dataclass
-class AugmentationConfig:
-    scale: tuple[float, float] = MISSING
-    ratio: tuple[float, float] = MISSING
-    hflip: float = MISSING
-
-
-@dataclass
 class TrainConfig:
     """conf/train.yaml"""
 
@@ -56,7 +50,7 @@ class TrainConfig:
     logging: str = MISSING
     model: dict[str, Any] = MISSING  # arguments of involution.create_model
     data: Any = field(default_factory=DataConfig)  # these two have the types that the model's task gives them
-    augmentation: Any = field(default_factory=AugmentationConfig)
+    augmentation: Any = field(default_factory=augmentation.AugmentationConfig)
     optimizer: dict[str, Any] = MISSING  # _target_ and its arguments
     schedule: dict[str, Any] = MISSING  # arguments of optim.build_schedule
     train: TrainOptions = field(default_factory=TrainOptions)
@@ -87,6 +81,7 @@ CHOICES = {
     "train.precision": ("fp32", "bf16", "fp16"),
     "train.sync_batchnorm": (True, False, "auto"),
     "train.exclude_from_decay": ("none", "norm_and_bias"),
+    "train.loss": ("cross_entropy", "bce"),
     "data.loader": ("auto", "dali", "torch"),
     "data.decoder": ("auto", "cpu", "mixed"),
     "data.on_error": ("stop", "skip"),
@@ -97,6 +92,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "train.global_batch_size": (1, None),
     "train.batch_size": (1, None),
     "train.label_smoothing": (0, 1),
+    "train.target_threshold": (0, 1),
     "train.clip_grad_norm": (0, None),
     "train.ema_decay": (0, 1),
     "train.max_steps": (1, None),
@@ -113,6 +109,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "data.val_resize": (1, None),
     "data.max_pixels": (1, None),
     "augmentation.hflip": (0, 1),
+    **augmentation.RANGES,
     "optimizer.lr": (0, None),
     "optimizer.momentum": (0, 1),
     "optimizer.weight_decay": (0, None),
@@ -125,7 +122,8 @@ RANGES = {  # lowest and highest value; None: no limit
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-LATER = {"model.in_chans": 3}  # what keys mean that earlier configurations lack
+# what keys mean that earlier configurations lack
+LATER = {"model.in_chans": 3, "train.loss": "cross_entropy", **augmentation.OFF}
 
 
 def _first(text: str, table: dict[str, Any]) -> Any:

@@ -17,6 +17,8 @@ class TrainOptions:
     global_batch_size: int = MISSING
     batch_size: int = MISSING
     label_smoothing: float = MISSING
+    loss: str = MISSING
+    target_threshold: float | None = MISSING
     precision: str = MISSING
     tf32: bool = MISSING
     compile: bool = MISSING
@@ -46,6 +48,11 @@ class TrainOptions:
         if (self.epochs is None) == (self.steps is None):
             what = "are both set; set the other to null" if self.steps else "are both null; set one of them"
             raise UserError(f"train.epochs={self.epochs} and train.steps={self.steps} {what}")
+        if self.target_threshold is not None and self.loss != "bce":
+            raise UserError(
+                f"train.target_threshold={self.target_threshold} is for train.loss=bce: the targets of "
+                f"{self.loss} are probabilities"
+            )
 
     def in_epochs(self, steps_per_epoch: int) -> "TrainOptions":
         """The same with `steps` and `evaluate_every_steps` in whole epochs, rounded up, and a limit to the steps."""

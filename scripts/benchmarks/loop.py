@@ -25,6 +25,7 @@ from involution.engine.optim import cosine
 from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
 from involution.engine.tasks.classification import Classification
+from involution.engine.tasks.losses import CrossEntropy
 from involution.engine.trainer import Trainer
 
 WARM_UP = 3
@@ -122,7 +123,8 @@ def measure(name: str, side: int, batch_size: int, args: argparse.Namespace) -> 
         run_folder = RunFolder(Path(folder) / "run", world)
         run_folder.open()
         trainer = Trainer(
-            model, Classification(SMOOTHING), make_optimizer(model), cosine(LR, steps), loader, OneBatch(batch),
+            model, Classification(CrossEntropy(SMOOTHING)), make_optimizer(model), cosine(LR, steps), loader,
+            OneBatch(batch),
             train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world,
             run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip

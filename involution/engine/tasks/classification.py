@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import data
-from involution.engine.config import AugmentationConfig, DataConfig, EvalConfig, TrainConfig
+from involution.engine.augmentation import AugmentationConfig
+from involution.engine.config import DataConfig, EvalConfig, TrainConfig
 from involution.engine.distributed import World, gather_objects, sum_over_ranks
 from involution.engine.errors import UserError
 from involution.engine.tasks.classified_pictures import ClassifiedPictures
 from involution.engine.tasks.heat_maps import HeatMaps
+from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
 from involution.loading import Opened
 
 if TYPE_CHECKING:
@@ -33,19 +36,17 @@ COLUMNS = ("index", "path", "target", "predicted", "correct")  # of predictions=
 
 
 class Classification:
-    """Cross-entropy with label smoothing (Szegedy et al., 2016); top-1 and top-5 accuracy in percent."""
+    """Any loss of a batch's logits (b, K); top-1 and top-5 accuracy in percent, and the plain cross-entropy of them."""
 
     names: tuple[str, ...] = ("loss", "top1", "top5")
     headline = "top1"
     parts: tuple[str, ...] = ()
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    def __init__(self, criterion: Callable[[Tensor, Batch], Tensor] | None = None) -> None:
+        self.criterion = criterion or CrossEntropy()
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = model(batch.images)[: batch.valid]
-        targets = batch.targets[: batch.valid]
-        return cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=self.label_smoothing)
+        return self.criterion(model(batch.images)[: batch.valid].float(), batch)
 
     def evaluation(self) -> Accuracy:
         return Accuracy()
@@ -118,11 +119,14 @@ def _line(images: ImageList, index: int, guess: int) -> tuple[int, str, str, str
 
 
 def check(config: TrainConfig, world: World) -> None:
-    pass  # nothing but what `validate` and `check_model` see
+    config.augmentation.check(config.train.batch_size)
 
 
 def build(config: TrainConfig) -> Classification:
-    return Classification(config.train.label_smoothing)
+    o = config.train
+    if o.loss == "bce":
+        return Classification(BinaryCrossEntropy(o.label_smoothing, o.target_threshold))
+    return Classification(CrossEntropy(o.label_smoothing))
 
 
 def open_dataset(d: DataConfig) -> tuple[ImageList, ImageList]:
@@ -131,10 +135,12 @@ def open_dataset(d: DataConfig) -> tuple[ImageList, ImageList]:
 
 def train_loader(split: ImageList, config: TrainConfig, world: World) -> data.TrainLoader:
     d, a, o = config.data, config.augmentation, config.train
+    mixing = data.Mixing(config.seed, a.mixup, a.cutmix, a.mix_probability, a.mix_switch)
     return data.train_loader(
         split,
         global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
         seed=config.seed, train_size=d.train_size, scale=a.scale, ratio=a.ratio, flip=a.hflip,
+        mixing=mixing if a.mixup or a.cutmix else None,
         **_loading(d, world),
     )  # fmt: skip
 

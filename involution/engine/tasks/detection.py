@@ -106,6 +106,8 @@ def check(config: TrainConfig, world: World) -> None:
     _check_loader(config.data)
     if o.freeze is not None:
         raise UserError("train.freeze is for classifiers; a detector's is model.backbone.freeze")
+    if o.loss != "cross_entropy":
+        raise UserError(f"train.loss={o.loss} is for classifiers; a detector has losses of its own: cross_entropy")
     if o.label_smoothing:
         raise UserError(f"train.label_smoothing={o.label_smoothing} is for classifiers; set it to 0")
     weights = (backbone.get("pretrained"), config.checkpoint)
