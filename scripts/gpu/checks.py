@@ -36,6 +36,7 @@ from involution.engine.errors import UserError
 from involution.engine.learner import Learner
 from involution.engine.meter import Meter
 from involution.engine.tasks.classification import Classification
+from involution.engine.tasks.losses import CrossEntropy
 from involution.weights.run_file import read
 
 MODELS = ("resnet50", "rednet50")
@@ -58,7 +59,7 @@ class Training:
         model = make_model(name, args.device)
         settings = dataclasses.replace(options(batch), precision=args.precision)
         world = World(0, 1, device)
-        task = Classification(0.1)
+        task = Classification(CrossEntropy(0.1))
         self.learner = Learner(model, task, make_optimizer(model), lambda step: 1e-3, settings, world)
         self.meter = Meter(world)
         shape = (batch, args.size, args.size, 3)
