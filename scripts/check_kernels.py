@@ -7,7 +7,8 @@
 A line a kernel: tile (runs x groups x warps), registers, spilled bytes, shared memory of what a program may have,
 programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
 time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
-status 1 if one does not compile, needs more shared memory than there is, or spills in bf16 or fp16.
+status 1 if one does not compile, needs more shared memory than there is, or spills in bf16 or fp16. At the end, for a
+RedNet in bf16 on sm_80 or sm_90, the training step that follows beside the ResNet's (scripts/kernels/prediction.py).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -24,23 +26,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import torch
 from kernels.compiled import ARCHITECTURES, Compiled, compile_launch
 from kernels.launches import Layer, launches, layers_of, networks
+from kernels.prediction import CARDS, predict
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 Case = tuple[str, Layer, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
+
+
+class Outcome(NamedTuple):
+    """A line about a kernel, whether it fits, the seconds that compiling took, and the floor of its time."""
+
+    text: str
+    fine: bool
+    seconds: float = 0.0
+    floor_us: float = 0.0
 
 
 def main() -> int:
     args = parse()
     cases = list(plan(args))
     print(f"{len(cases)} kernels; tile: runs x groups x warps", flush=True)
-    failed, total = 0, 0.0
+    outcomes: dict[Case, Outcome] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
-        for case, found in zip(cases, pool.map(compile_case, cases)):
-            text, fine, seconds = found
-            failed, total = failed + (not fine), total + seconds
-            print(f"{case[0]:17} {case[1]!s:36} {case[2]} sm_{case[3]:<3} {text}", flush=True)
-    print(f"{len(cases) - failed} of {len(cases)} fit; {total:.0f} s of compilation")
-    return 1 if failed else 0
+        for case, outcome in zip(cases, pool.map(compile_case, cases)):
+            outcomes[case] = outcome
+            print(f"{case[0]:17} {case[1]!s:36} {case[2]} sm_{case[3]:<3} {outcome.text}", flush=True)
+    fit = sum(outcome.fine for outcome in outcomes.values())
+    print(f"{fit} of {len(cases)} fit; {sum(outcome.seconds for outcome in outcomes.values()):.0f} s of compilation")
+    for arch in CARDS.keys() & set(args.arch):
+        floors = {(c[0], c[1]): o.floor_us for c, o in outcomes.items() if c[2:4] == ("bf16", arch) and c[5] is None}
+        for name in (name for name in args.models if name.startswith("rednet") and floors and not args.only):
+            print(step(name, arch, args, floors))
+    return 0 if fit == len(cases) else 1
+
+
+def step(name: str, arch: int, args: argparse.Namespace, floors: dict[tuple[str, Layer], float]) -> str:
+    """The predicted training step of a RedNet beside that of the ResNet of the same depth."""
+    other = name.replace("rednet", "resnet")
+    mine, theirs = (predict(model, args.batch, arch, floors, tuple(args.size)) for model in (name, other))
+    lines = [f"PREDICTED step, bf16, batch {args.batch}, {CARDS[arch].name} (nothing of this is measured):"]
+    for model, parts in ((name, mine), (other, theirs)):
+        kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(parts.items(), key=lambda part: -part[1]))
+        whole = sum(parts.values())
+        lines.append(f"  {model}: {whole:.1f} ms, {1e3 * args.batch / whole:.0f} images/s: {kinds}")
+    ratio = sum(mine.values()) / sum(theirs.values())
+    return "\n".join([*lines, f"  {name} takes {ratio:.2f} times as long as {other}"])
 
 
 def plan(args: argparse.Namespace) -> Iterator[Case]:
@@ -55,22 +84,21 @@ def plan(args: argparse.Namespace) -> Iterator[Case]:
                     yield name, layer, dtype, arch, args.batch, fused
 
 
-def compile_case(case: Case) -> tuple[str, bool, float]:
-    """A line about a kernel, whether it fits, and the seconds that compiling took."""
+def compile_case(case: Case) -> Outcome:
     name, layer, dtype, arch, batch, fused = case
     launch = launches(layer, DTYPES[dtype], batch, fused)[name]
     tile = f"{launch.arguments['J']:>2}x{launch.arguments['GB']}x{launch.warps}"
     try:
         found = compile_launch(launch, arch)
     except Exception as error:  # Triton raises anything
-        return f"{tile}  DOES NOT COMPILE: {type(error).__name__}: {str(error).strip()[:200]}", False, 0.0
+        return Outcome(f"{tile}  DOES NOT COMPILE: {type(error).__name__}: {str(error).strip()[:200]}", False)
     problem = _problem(found, dtype, arch)
     text = (
         f"{tile}  {found.registers:3} registers, {found.spilled:3} spilled, shared {found.shared / 1024:5.1f} of "
         f"{ARCHITECTURES[arch].shared} KiB, {found.programs} at once, {found.tensor_cores:3} mma, loads to "
         f"{max(found.loads, default=0):3} bits, {found.seconds:4.1f} s, >= {found.floor_us:5.0f} us"
     )
-    return f"{text}  {problem}", not problem, found.seconds
+    return Outcome(f"{text}  {problem}", not problem, found.seconds, found.floor_us)
 
 
 def _problem(found: Compiled, dtype: str, arch: int) -> str:

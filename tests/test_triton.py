@@ -11,6 +11,7 @@ import torch
 from involution import create_model
 from scripts import check_kernels
 from scripts.check_kernels import Layer, launches, layers_of
+from scripts.kernels import prediction
 
 triton = pytest.importorskip("triton")
 
@@ -38,7 +39,7 @@ HARD = [
 def test_compiles_for_gpus_that_are_not_here(case: tuple[str, Layer, str, int]) -> None:
     """All of RedNet-50 and of Table 6, on all architectures: scripts/check_kernels.py --models rednet50 ablation."""
     name, layer, dtype, arch = case
-    text, fine, _ = check_kernels.compile_case((name, layer, dtype, arch, 128, None))
+    text, fine, *_ = check_kernels.compile_case((name, layer, dtype, arch, 128, None))
     assert fine, text
     if name.startswith("span"):
         assert " 0 mma" not in text, text  # not on the ordinary cores
@@ -72,3 +73,16 @@ def test_says_why_it_cannot_run_on_a_cpu() -> None:
     reason = triton_backend.unsupported(torch.zeros(1, 4, 5, 5), torch.zeros(1, 1, 3, 3, 5, 5))
     assert reason is not None
     assert "CUDA" in reason
+
+
+def test_a_predicted_step_follows_from_the_kernels() -> None:
+    names = ("span_forward", "span_grad_input", "span_grad_reduced", "span_grad_weight")
+    with torch.device("meta"):
+        layers = layers_of(create_model("rednet26"), 64, 64)
+    one, two = (
+        sum(prediction.predict("rednet26", 2, 90, {(n, x): us for n in names for x in layers}, (64, 64)).values())
+        for us in (1000, 2000)
+    )
+    assert two - one == pytest.approx(prediction.SLACK * 4 * 9)  # ms of four kernels in the stem and eight blocks
+    a100 = sum(prediction.predict("resnet50", 128, 80, {}).values())
+    assert 128e3 / a100 == pytest.approx(2470, rel=0.15)  # images/s, NVIDIA's DeepLearningExamples

@@ -23,7 +23,7 @@ CASES = [
     (2, 8, 2, 3, 5, 7, 4, 1, 1, 1, torch.float32, False, True),
     (2, 6, 6, 3, 5, 5, 3, 2, 1, 1, torch.float32, True, False),  # a kernel for every channel, stride
     (1, 6, 2, 3, 6, 9, 17, 1, 2, 2, torch.float64, True, True),  # groups of 3, dilation, R no power of two
-    (1, 66, 1, 1, 4, 10, 2, 1, 1, 0, torch.float32, True, True),  # one kernel for all channels, K = 1
+    (1, 66, 1, 3, 2, 8, 2, 1, 1, 1, torch.float32, True, True),  # one kernel for all channels, more than fit at once
     (1, 4, 2, 3, 11, 13, 3, 3, 2, 0, torch.float16, False, True),  # stride 3, no padding
     (1, 4, 2, 3, 3, 4, 3, 1, 1, 3, torch.float16, True, False),  # output larger than input
     (1, 16, 1, 7, 4, 8, 5, 1, 1, 3, torch.float32, True, True),  # kernel larger than the image

@@ -51,34 +51,48 @@ def place_of(tap, pixel, K, S, D, RUN):
 
 
 @triton.jit
+def add_products(totals, x, strides, grads, b, iy, column, left, channel, channel_ok, W, K: tl.constexpr,
+                 S: tl.constexpr, D: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+                 ACC: tl.constexpr):  # fmt: skip
+    """totals (none yet: an empty tuple) and the products of some channels in input row iy from `column` on."""
+    pointers = x + ((b * strides[0] + iy * strides[2] + column * STEP)[:, None] + channel * strides[1])
+    sums = ()
+    for q in tl.static_range((RUN - 1) * S + (K - 1) * D + 1):
+        values = load_column(pointers, left, q, W, channel_ok, STEP, EVEN, ACC)
+        for i in tl.static_range(RUN):
+            if tap_at(q - i * S, K, D) >= 0:
+                product = tl.sum(values * grads[i], 1)
+                if len(totals) > 0:
+                    product += totals[place_of(tap_at(q - i * S, K, D), i, K, S, D, RUN)]
+                sums = sums + (product,)
+    return sums
+
+
+@triton.jit
 def products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block, H, W, WO, G, GC: tl.constexpr,
                 K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
                 BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
                 J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """Tap row u: 8 * KP tensors (N, 1), zeros for pixels from RUN and taps from K on.  grads: the first BC channels."""
+    """Tap row u: 8 * KP tensors (N, 1), zeros for pixels from RUN and taps from K on.  grads: of the group's
+    channels, unless they are more than BC: then they are loaded here, BC at a time."""
     EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
     tl.assume(H > 0)
     iy = y * S - P + u * D
-    left = columns_from(x0 * S - P, ok & (iy >= 0) & (iy < H), W)
+    column = x0 * S - P
+    left = columns_from(column, ok & (iy >= 0) & (iy < H), W)
     totals = ()
-    for chunk in tl.static_range((GC + BC - 1) // BC):
-        channel, channel_ok = channels(block, chunk, G, GC, GB, BC, J, WIDE)
-        pointers = x + ((b * x_strides[0] + iy * x_strides[2] + (x0 * S - P) * STEP)[:, None] + channel * x_strides[1])
-        if chunk > 0:
-            grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
-        sums = ()
-        for q in tl.static_range((RUN - 1) * S + (K - 1) * D + 1):
-            column = load_column(pointers, left, q, W, channel_ok, STEP, EVEN, ACC)
-            for i in tl.static_range(RUN):
-                if tap_at(q - i * S, K, D) >= 0:
-                    sums = sums + (tl.sum(column * grads[i], 1),)
-        if chunk == 0:
-            totals = sums
-        else:
-            added = ()
-            for n in tl.static_range(RUN * K):
-                added = added + (totals[n] + sums[n],)
-            totals = added
+    if GC > BC:
+        for _ in tl.static_range(RUN * K):
+            totals = totals + (tl.zeros((J * GB,), ACC),)
+        for chunk in range((GC + BC - 1) // BC):  # a loop for the compiler too: unrolled, it takes minutes
+            channel, channel_ok = channels(block, chunk, G, GC, GB, BC, J, WIDE)
+            some = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
+            totals = add_products(totals, x, x_strides, some, b, iy, column, left, channel, channel_ok, W, K, S, D,
+                                  RUN, STEP, EVEN, ACC)  # fmt: skip
+    else:
+        channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
+        totals = add_products(totals, x, x_strides, grads, b, iy, column, left, channel, channel_ok, W, K, S, D, RUN,
+                              STEP, EVEN, ACC)  # fmt: skip
     products = ()
     for n in tl.static_range(8 * KP):
         if place_of(n // 8, n % 8, K, S, D, RUN) >= 0:

@@ -140,8 +140,10 @@ def _floor(listing: str, launch: Launch, gpu: Architecture) -> float:
 def _trips(launch: Launch) -> list[float]:
     """How often the loops run that the compiler leaves, the outermost first."""
     a: dict[str, Any] = launch.arguments
-    if launch.kernel.__name__ == "grad_weight_kernel":
-        return [math.ceil(math.ceil(a["total"] / a["J"]) / a["parts"])]
+    name, chunks = launch.kernel.__name__, math.ceil(a["GC"] / a["BC"])
+    chunked = [chunks] if chunks > 1 and name not in ("forward_kernel", "grad_input_kernel") else []
+    if name == "grad_weight_kernel":
+        return [math.ceil(math.ceil(a["total"] / a["J"]) / a["parts"])] + a["UB"] * chunked
     blocks = math.ceil(a["G"] / a["GB"])
-    rows = a["K"] if a["D"] > 1 or launch.kernel.__name__ != "grad_input_kernel" else math.ceil(a["K"] / a["S"])
-    return [blocks, rows] if launch.kernel.__name__ == "grad_reduced_kernel" and blocks > 1 else [rows]
+    rows = a["K"] if a["D"] > 1 or name != "grad_input_kernel" else math.ceil(a["K"] / a["S"])
+    return ([blocks] if name == "grad_reduced_kernel" and blocks > 1 else []) + [rows] + chunked
