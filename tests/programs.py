@@ -39,9 +39,13 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str], timeout: float = 600) -> Finished:
     stdout, stderr = process.communicate(timeout=timeout)
+    return _finished(process.returncode, stdout, stderr)
+
+
+def _finished(status: int, stdout: str, stderr: str) -> Finished:
     lines = stdout.strip().splitlines()
-    result = json.loads(lines[-1]) if process.returncode == 0 and lines and lines[-1].startswith("{") else {}
-    return Finished(process.returncode, stdout, stderr, result)
+    result = json.loads(lines[-1]) if status == 0 and lines and lines[-1].startswith("{") else {}
+    return Finished(status, stdout, stderr, result)
 
 
 def python(*arguments: str, timeout: float = 600, **environment: str) -> Finished:
@@ -50,7 +54,7 @@ def python(*arguments: str, timeout: float = 600, **environment: str) -> Finishe
 
 
 def in_process(program: str, *arguments: str) -> Finished:
-    """Run a program here, for cases that end before any training starts: a process costs seconds of imports."""
+    """Run a program here, where a process of its own would show nothing more: it costs seconds of imports."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
     logging.getLogger("involution").handlers.clear()  # of an earlier call
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
@@ -68,7 +72,7 @@ def in_process(program: str, *arguments: str) -> Finished:
             GlobalHydra.instance().clear()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-    return Finished(status, output.getvalue(), errors.getvalue())
+    return _finished(status, output.getvalue(), errors.getvalue())
 
 
 def torchrun(ranks: int, *arguments: str, timeout: float = 600) -> Finished:

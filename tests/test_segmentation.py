@@ -1,13 +1,15 @@
 """Segmentation trains, resumes, evaluates and predicts through the programs that classification has."""
 
 import json
+import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from programs import finish, in_process, python, start, torchrun
-from reliability import kill, outcome, saved_step, wait_until
+from programs import in_process, start, torchrun
+from reliability import kill, outcome, saved_step, wait_until, write_masks
 from torch.nn import functional as F
 
 from data.cityscapes import CITYSCAPES
@@ -16,6 +18,7 @@ from data.segmentation import SegmentationBatch
 from involution.engine.distributed import World
 from involution.engine.tasks.mean_iou import MeanIou, bands, logits_of
 from involution.engine.tasks.segmentation import Segmentation
+from involution.weights.run_file import read
 
 ONE = World(0, 1, torch.device("cpu"))
 
@@ -119,7 +122,7 @@ def test_the_loss_is_a_mean_over_pixels_summed_over_the_samples_that_count():
 TINY = [
     "recipe=demo_segmentation", "device=cpu", "train.global_batch_size=4", "train.batch_size=2", "deterministic=true",
     "data.train_size=[32,48]", "train.steps=6", "train.evaluate_every_steps=6", "train.log_every_steps=1",
-    "train.checkpoint_every_steps=1",
+    "train.checkpoint_every_steps=2", "optimizer=sgd",
 ]  # fmt: skip
 
 
@@ -144,11 +147,17 @@ def words(folder, city, *overrides):
     return [*TINY, "data=cityscapes", f"data.root={city}", f"output_root={folder}", "name=run", *overrides]
 
 
+def train_here(*arguments):
+    torch.set_num_threads(1)  # as the processes that a run is compared with
+    finished = in_process("train.py", *arguments, "data.workers=0")
+    assert finished.status == 0, finished.stderr
+    return finished
+
+
 @pytest.fixture(scope="module")
 def run(city, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    finished = python("train.py", *words(folder, city))
-    assert finished.status == 0, finished.stderr
+    finished = train_here(*words(folder, city))
     assert set(finished.result) == {"run_dir", "epochs", "steps", "val_miou", "best_miou"}
     return folder / "run"
 
@@ -162,19 +171,53 @@ def test_a_run_records_its_task_and_a_killed_one_ends_bit_equal(run, city, tmp_p
     assert lines[-1]["val_loss"] > 0
     events = b"".join(path.read_bytes() for path in (run / "tensorboard").iterdir())
     assert b"overlays/" in events
-    process = start(python_words(words(tmp_path, city)))
+    process = start([sys.executable, "train.py", *words(tmp_path, city)])
     wait_until(lambda: saved_step(tmp_path / "run") >= 2, process)
     kill(process)
-    finished = finish(start(python_words(words(tmp_path, city))))
-    assert finished.status == 0, finished.stderr
-    assert "going on from" in finished.stderr
+    assert "going on from" in train_here(*words(tmp_path, city)).stderr
     assert outcome(tmp_path / "run") == outcome(run)
 
 
-def python_words(arguments):
-    import sys
+@pytest.mark.parametrize(
+    ("model", "neck", "parts"),
+    [
+        ("semantic_fpn", "convolution", []),
+        ("upernet", "convolution", ["train_loss_out", "train_loss_aux"]),
+        ("upernet", "involution", ["train_loss_out", "train_loss_aux"]),
+    ],
+)
+def test_each_segmentor_trains_with_each_neck(city, tmp_path, model, neck, parts):
+    """Semantic FPN with involutions is `run`."""
+    options = [f"model={model}", f"model.neck={neck}", "train.steps=2", "optimizer.momentum=0"]
+    result = train_here(*words(tmp_path, city, *options)).result
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (result["steps"], result["val_miou"]) == (2, line["val_miou"])
+    assert line["val_miou"] > 0
+    assert [key for key in line if key.startswith("train_loss_")] == parts
+    if parts:
+        assert line["train_loss"] == pytest.approx(sum(line[part] for part in parts))
+    shutil.rmtree(tmp_path / "run")  # UPerNet's is half a gigabyte
 
-    return [sys.executable, "train.py", *arguments]
+
+def test_fine_tuning_keeps_what_is_frozen_and_a_classifier_for_the_same_classes(run, city, tmp_path):
+    before = read(run / "checkpoints" / "best.pt")["model"]
+    street = write_masks(tmp_path / "street")
+    folder = ["data=segmentation_folder", f"data.root={street}", "data.classes=[ground,digit]"]
+    for name, data, said in (
+        ("same", [], "the classifier for 19 classes is kept (road, sidewalk"),
+        ("other", folder, "the weights have no classifier for 2 classes: it starts afresh"),
+    ):
+        options = [f"checkpoint={run}", "model.backbone.freeze=1", "optimizer.lr=1e-4", "train.steps=1", f"name={name}"]
+        assert said in train_here(*words(tmp_path, city, *options, *data)).stderr
+        after = read(tmp_path / name / "checkpoints" / "last.pt")["model"]
+        kept = {key for key in before if torch.equal(after[key], before[key])}
+        assert kept >= {key for key in before if key.startswith(("backbone.stem.", "backbone.layer1."))}
+        assert not kept & {f"backbone.layer2.0.{key}" for key in ("conv1.weight", "bn1.running_mean")}
+        for key, value in after.items():
+            if key.startswith("head.classify.") and name == "other":
+                assert len(value) == 2
+            elif "running" not in key and "num_batches" not in key:
+                torch.testing.assert_close(value, before[key], rtol=0, atol=1e-3)
 
 
 @pytest.mark.slow
@@ -205,6 +248,9 @@ def test_ranks_and_one_process_agree_on_the_score_and_write_the_benchmarks_label
     assert sum(shares.values()) == pytest.approx(100, abs=0.01)
     assert Image.open(sheet).width > 500
     assert table.read_text().startswith("image,class,percent\n")
+    refused = in_process("eval.py", f"checkpoint={run}", "data=imagenet", f"data.root={city}", "device=cpu")
+    assert refused.status == 2
+    assert "model=semantic_fpn cannot be trained on data=imagenet" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -215,14 +261,31 @@ def test_ranks_and_one_process_agree_on_the_score_and_write_the_benchmarks_label
         (["model=semantic_fpn", "data=cityscapes"], "choose recipe=cityscapes"),
         (["recipe=cityscapes", "train.epochs=3"], "set the other to null"),
         (["recipe=cityscapes", "model=upernet", "train.batch_size=1"], "use train.batch_size=2 or more"),
+        (["recipe=cityscapes", "train.freeze=1"], "model.backbone.freeze"),
         (["recipe=cityscapes", "data.root=/nowhere"], "is no Cityscapes"),
+        (["recipe=cityscapes", "data.root=PALETTE"], "has a palette; it should have one channel"),
         (["recipe=cityscapes", "data=segmentation_folder"], "set data.root"),
         (["recipe=cityscapes", "data.window=7"], "data.window=7 should be [height,width]"),
     ],
 )
-def test_wrong_input_ends_with_one_message_and_status_2(tmp_path, arguments, message):
-    finished = in_process("train.py", f"output_root={tmp_path}", "device=cpu", *arguments)
+def test_wrong_input_ends_with_one_message_and_status_2(city, tmp_path, arguments, message):
+    if "data.root=PALETTE" in arguments:
+        root = shutil.copytree(city, tmp_path / "city")
+        mask = next(root.glob("gtFine/val/a/*.png"))
+        Image.open(mask).convert("P").save(mask)
+        arguments = [*arguments[:-1], f"data.root={root}"]
+    finished = in_process("train.py", f"output_root={tmp_path / 'runs'}", "device=cpu", *arguments)
     assert finished.status == 2, finished.stderr
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_value_that_is_no_label_stops_a_run_and_names_its_file(city, tmp_path):
+    root = shutil.copytree(city, tmp_path / "city")
+    mask = root / "gtFine" / "train" / "a" / "a_4_0_gtFine_labelIds.png"
+    Image.fromarray(np.full((48, 64), 77, np.uint8)).save(mask)
+    finished = in_process("train.py", *words(tmp_path, root), "data.workers=0")
+    assert finished.status == 2, finished.stderr
+    assert f"mask {str(mask)!r} has the value 77" in finished.stderr
+    assert "Traceback" not in finished.stderr

@@ -113,6 +113,7 @@ class Segmentor(nn.Module):
 
     aux_weight = 0.4  # of the auxiliary head's loss
     outputs: tuple[str, ...] = ("out",)  # in training
+    classifiers: tuple[str, ...] = ("head.classify",)  # which start afresh where weights are for other classes
     pools_to_a_pixel = False  # and normalises it: with one image a batch there would be nothing to normalise over
 
     def __init__(self, num_classes: int, backbone: str | Mapping[str, Any], neck: str) -> None:
@@ -156,6 +157,7 @@ class UPerNet(Segmentor):
     """UPerNet, in training with an auxiliary head on C4; with RedNet-50 56.4 M parameters, 80.6 mIoU in the paper."""
 
     outputs = ("out", "aux")
+    classifiers = ("head.classify", "auxiliary.1")
     pools_to_a_pixel = True
 
     def __init__(

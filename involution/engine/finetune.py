@@ -10,7 +10,7 @@ from involution.engine.config import DataConfig, differences
 from involution.engine.errors import UserError
 from involution.loading import open_checkpoint
 from involution.models import StagedNetwork
-from involution.weights import describe, load_into
+from involution.weights import classifier_of, describe, load_into
 
 log = logging.getLogger("involution")
 
@@ -30,7 +30,7 @@ def start_from(model: StagedNetwork, checkpoint: str, data: DataConfig, class_na
     as_many = model.num_classes == model_there.num_classes
     other_classes = as_many and names is not None and list(names) != list(class_names)
     if other_classes:
-        weights |= {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+        weights |= {key: value for key, value in model.state_dict().items() if key.startswith(classifier_of(model))}
     try:
         load_into(model, weights)  # says so where the number of classes is another
     except ValueError as error:

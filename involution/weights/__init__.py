@@ -8,13 +8,14 @@
 """
 
 from involution.weights.files import read, why_unreadable
-from involution.weights.into import load_into, mismatch
+from involution.weights.into import classifier_of, load_into, mismatch
 from involution.weights.names import describe, to_ours, to_released
 from involution.weights.opened import Weights, open_weights
 from involution.weights.source import fetch
 
 __all__ = [
     "Weights",
+    "classifier_of",
     "describe",
     "fetch",
     "load_into",

@@ -14,17 +14,22 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: any other tensor is missing, unexpected or of another shape; they are named.
     """
-    own = model.state_dict()
-    head = [key for key in own if key.startswith("fc.")]
+    own, parts = model.state_dict(), classifier_of(model)
+    head = [key for key in own if key.startswith(parts)]
     fits = all(key in state and state[key].shape == own[key].shape for key in head)
     if not fits:
-        log.warning("the weights have no classifier for %d classes: it starts afresh", own["fc.weight"].shape[0])
-    state = {key: value for key, value in state.items() if not key.startswith("fc.") or (fits and key in own)}
+        log.warning("the weights have no classifier for %d classes: it starts afresh", model.num_classes)
+    state = {key: value for key, value in state.items() if not key.startswith(parts) or (fits and key in own)}
     # a classifier that starts afresh keeps its values; files from before PyTorch 0.4.1 do not count batches
     state |= {key: own[key] for key in own if key not in state and key.endswith((*head, "num_batches_tracked"))}
     if told := mismatch(model, state):
         raise ValueError(f"the weights are of another model; {told}")
     model.load_state_dict(state)
+
+
+def classifier_of(model: nn.Module) -> tuple[str, ...]:
+    """What the names of the tensors begin with whose values mean classes."""
+    return tuple(f"{part}." for part in getattr(model, "classifiers", ("fc",)))
 
 
 def mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:

@@ -108,6 +108,8 @@ def check(config: TrainConfig, world: World) -> None:
     o = config.train
     if o.loss != "cross_entropy":
         raise UserError(f"train.loss={o.loss} is for classifiers; set it to cross_entropy")
+    if o.freeze is not None:
+        raise UserError("train.freeze is for classifiers; a segmentor's is model.backbone.freeze")
     alone = not synchronised(o.sync_batchnorm, world) or world.size == 1
     if _model_class(config).pools_to_a_pixel and o.batch_size == 1 and alone:
         raise UserError(
