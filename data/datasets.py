@@ -1,4 +1,4 @@
-"""Data sets by name. Each is two lists of images in the end: folders of classes, or tar shards."""
+"""Data sets by name. Each is two lists of images in the end: folders of classes, tar shards, or parquet files."""
 
 import dataclasses
 import logging
@@ -14,6 +14,7 @@ from data.exclusion import Exclusions
 from data.flat import has_images, list_flat
 from data.folder import list_folder
 from data.image_list import ImageList
+from data.parquet import list_parquet, parquet_files
 from data.shards import has_shards, list_shards
 from involution.cache import writable_cache_dir
 
@@ -35,8 +36,9 @@ def open_dataset(
     Args:
         name: demo, imagenet, imagenette, cifar10 or folder. demo is written, imagenette and cifar10 are downloaded into
             the cache folder when they are not there yet.
-        root: its folder, with train/<class>/ and val/<class>/, or shards train-*.tar and val-*.tar. imagenet also takes
-            the original flat val/ together with val.txt or the development kit.
+        root: its folder, with train/<class>/ and val/<class>/, or shards train-*.tar and val-*.tar, or parquet files
+            train-*.parquet and validation-*.parquet (or val-*), there or in data/. imagenet also takes the original
+            flat val/ together with val.txt or the development kit.
         exclude: file with images to leave out, a path relative to `root` a line; without it `root`/excluded.txt counts.
 
     Raises:
@@ -75,7 +77,16 @@ def _list(base: Path, split: str, may_be_empty: bool = False) -> ImageList:
         return list_folder(base / split, may_be_empty)
     if has_shards(base, split):
         return list_shards(base, split)
-    raise ValueError(f"data folder {str(base)!r} has no folder {split}; expected {base}/{split}/<class>/<image>.jpg")
+    if parquet_files(base, split):
+        return list_parquet(base, split)
+    raise ValueError(
+        f"data folder {str(base)!r} has no folder {split}; expected {base}/{split}/<class>/<image>.jpg, shards "
+        f"{split}-*.tar or parquet files {split}-*.parquet"
+    )
+
+
+def _present(base: Path) -> bool:
+    return (base / "train").exists() or has_shards(base, "train") or bool(parquet_files(base, "train"))
 
 
 def _given(root: str | os.PathLike[str] | None) -> Path:
@@ -87,7 +98,7 @@ def _given(root: str | os.PathLike[str] | None) -> Path:
 def _imagenette(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download (1.5 GB)."""
     base = Path(root) if root else writable_cache_dir() / "imagenette"
-    if (base / "train").exists() or has_shards(base, "train"):
+    if _present(base):
         return base
 
     def download(folder: Path) -> None:
@@ -101,7 +112,7 @@ def _imagenette(root: str | os.PathLike[str] | None) -> Path:
 def _cifar10(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download as a folder of PNGs."""
     base = Path(root) if root else writable_cache_dir() / "cifar10"
-    if (base / "train").exists() or has_shards(base, "train"):
+    if _present(base):
         return base
 
     def write(folder: Path) -> None:
@@ -144,6 +155,8 @@ def _numbered(val: ImageList, train: ImageList, base: Path) -> ImageList:
     missing = [name for name in train.class_names if name not in used]
     if missing:
         log.warning("val has no images of %d of the %d classes: %s", len(missing), len(number), _few(missing))
+    if val.class_names == train.class_names:  # a name may be there twice, as "crane" is in ImageNet
+        return val
     numbers = np.array([number.get(name, -1) for name in val.class_names], np.int32)
     return dataclasses.replace(val, targets=numbers[val.targets], class_names=train.class_names)
 

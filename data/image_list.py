@@ -4,7 +4,7 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -104,7 +104,7 @@ class ImageList:
         names = Names.pack(self.paths.raw(int(i)) for i in keep)
         names.prefix = self.paths.prefix
         spans = self.spans[keep] if self.shards else self.spans
-        return ImageList(names, self.targets[keep], self.class_names, self.total_bytes, self.shards, spans)
+        return replace(self, paths=names, targets=self.targets[keep], spans=spans)
 
     @property
     def fingerprint(self) -> dict[str, int | str]:

@@ -42,11 +42,16 @@ def list_shards(base: Path, split: str) -> ImageList:
     targets, spans = stored["targets"], stored["spans"]
     if not len(targets):
         raise ValueError(f"the shards {base}/{split}-*.tar have no images")
-    classes = _class_names(base, int(targets.max()) + 1)
+    classes = class_names(base, int(targets.max()) + 1)
     return ImageList(names, targets, classes, int(spans[:, 2].sum()), tuple(str(path) for path in shards), spans)
 
 
-def _class_names(base: Path, at_least: int) -> tuple[str, ...]:
+def class_names(base: Path, at_least: int) -> tuple[str, ...]:
+    """Those of base/classes.txt, or else numbers.
+
+    Raises:
+        ValueError: the file has fewer than `at_least`.
+    """
     path = base / CLASSES
     if not path.is_file():
         return tuple(str(i) for i in range(at_least))
@@ -54,7 +59,7 @@ def _class_names(base: Path, at_least: int) -> tuple[str, ...]:
     names = tuple(line.removesuffix(b"\r").decode("utf-8", "surrogateescape") for line in lines)
     names = names[:-1] if names[-1] == "" else names
     if len(names) < at_least:
-        raise ValueError(f"{path} names {len(names)} classes, but the shards use {at_least}")
+        raise ValueError(f"{path} names {len(names)} classes, but the images use {at_least}")
     return names
 
 

@@ -105,7 +105,7 @@ def test_the_wheel_works_outside_of_the_repository(installed, tmp_path):
 
 def test_training_goes_without_dali_tensorboard_timm_and_a_compiler(tmp_path):
     images = write_images(tmp_path / "images", val=3)
-    gone = "nvidia,timm,tensorboard,wandb,matplotlib,safetensors,onnx,sklearn,submitit"
+    gone = "nvidia,timm,tensorboard,wandb,matplotlib,safetensors,onnx,sklearn,submitit,pyarrow"
     words = (
         "train.py recipe=demo data=folder data.loader=torch data.workers=0 device=cpu train.max_steps=1 name=bare "
         "data.train_size=32 data.val_size=32 data.val_resize=32 model.kernel_size=3"
