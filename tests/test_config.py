@@ -138,6 +138,7 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["device=cuda"], "device=cpu"),
         (["train.sync_batchnorm=true", "device=cpu"], "sync_batchnorm"),
+        (["recipe=demo", "train.batch_size=8", "train.batchnorm_size=3"], "Take train.batch_size=9, for example"),
         (["recipe=demo", "data.mean=[0.5]"], "data.mean=[0.5] should have a value for each of the model's channels, 3"),
         (["recipe=demo", "data.std=[1,1,1,1]"], "for example data.std=[1.0,1.0,1.0]"),
         (["recipe=demo", "data.std=[0.5,0,0.5]"], "should be greater than 0"),

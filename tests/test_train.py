@@ -136,7 +136,7 @@ def test_ranks_share_the_recipes_batch_train_one_model_and_write_one_run(tmp_pat
     [
         ["train.precision=bf16", "train.ema_decay=0.9", "train.clip_grad_norm=1", "model=resnet26"],
         ["train.precision=fp16", "train.channels_last=false", "train.exclude_from_decay=norm_and_bias"],
-        ["optimizer=adamw", "schedule=step", "deterministic=true", "data.loader=torch", "data.workers=0"],
+        ["optimizer=adamw", "schedule=step", "train.batchnorm_size=8", "data.loader=torch", "data.workers=0"],
         ["model.kernel_generation=linear", "model.group_channels=null", "model.stem=convolution"],
         ["train.compile=true", "train.max_steps=2", "model=resnet26"],
     ],

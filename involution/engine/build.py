@@ -16,6 +16,7 @@ from involution.engine.config import TrainConfig, differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
+from involution.engine.ghost import use_ghost_batches
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything, use_tf32
@@ -73,6 +74,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         run.describe(plain, world)
         log.info("%s\n%s", config.model["name"], complexity.count(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
+    if o.batchnorm_size is not None:
+        use_ghost_batches(model, o.batchnorm_size)
     if synchronised(o.sync_batchnorm, world):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     train_loader = setup.train_loader(train, config, world)

@@ -91,6 +91,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "train.steps": (1, None),
     "train.global_batch_size": (1, None),
     "train.batch_size": (1, None),
+    "train.batchnorm_size": (1, None),
     "train.label_smoothing": (0, 1),
     "train.target_threshold": (0, 1),
     "train.clip_grad_norm": (0, None),

@@ -24,6 +24,7 @@ class TrainOptions:
     compile: bool = MISSING
     channels_last: bool = MISSING
     sync_batchnorm: Any = MISSING  # a bool or "auto"
+    batchnorm_size: int | None = MISSING
     clip_grad_norm: float | None = MISSING
     ema_decay: float | None = MISSING
     exclude_from_decay: str = MISSING
@@ -48,6 +49,15 @@ class TrainOptions:
         if (self.epochs is None) == (self.steps is None):
             what = "are both set; set the other to null" if self.steps else "are both null; set one of them"
             raise UserError(f"train.epochs={self.epochs} and train.steps={self.steps} {what}")
+        size = self.batchnorm_size
+        if size is not None and self.sync_batchnorm:
+            raise UserError("train.batchnorm_size parts what train.sync_batchnorm joins: set one of them")
+        if size is not None and self.batch_size % size:
+            near = max(1, round(self.batch_size / size)) * size
+            raise UserError(
+                f"train.batch_size={self.batch_size} is no multiple of train.batchnorm_size={size}, the images that "
+                f"BatchNorm is to see at a time. Take train.batch_size={near}, for example"
+            )
         if self.target_threshold is not None and self.loss != "bce":
             raise UserError(
                 f"train.target_threshold={self.target_threshold} is for train.loss=bce: the targets of "
