@@ -8,9 +8,11 @@ import torch
 
 from data.datasets import DataSplits, open_dataset
 from data.decode import MAX_PIXELS, BadImageError
+from data.erasing import Erasing
 from data.image_list import ImageList
 from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
 from data.mixing import Mixing
+from data.policies import Policy
 from data.sampling import Plan, eval_batches
 from data.torch_loader import Pictures, TorchBackend
 from data.transforms import EvalTransform, TrainTransform
@@ -43,7 +45,10 @@ def train_loader(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: float = 0.5,
+    policies: Sequence[Policy] = (),
+    erasing: float = 0.0,
     mixing: Mixing | None = None,
+    repeats: int = 1,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
     loader: str = "auto",
@@ -66,7 +71,10 @@ def train_loader(
         train_size: side of the pictures, or {first epoch: side} for progressive resizing, e.g. {0: 128, 30: 224}.
         scale, ratio: range of a crop's share of the area, and of its width / height.
         flip: probability of mirroring.
+        policies: what happens to a picture after that, one after the other (data.policies).
+        erasing: probability that a picture loses a box.
         mixing: how batches are mixed.
+        repeats: copies of a sample in an epoch, each augmented apart. It has as many steps, of fewer samples.
         mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S).
         loader: "dali", "torch", or "auto" (dali where it is installed).
         dtype: of the images.
@@ -86,10 +94,10 @@ def train_loader(
         raise ValueError(f"train_size schedule {train_size!r} has no size for epoch 0, e.g. {{0: 128, 30: 224}}")
     if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
         raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
-    plan = Plan(len(images), batch_size, global_batch_size, rank, world_size)
-    transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip)
+    plan = Plan(len(images), batch_size, global_batch_size, rank, world_size, repeats)
+    transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip, tuple(policies))
     settings = _settings(images, transform, mean, std, dtype, device, workers, decoder, max_pixels)
-    settings = dataclasses.replace(settings, mixing=mixing)
+    settings = dataclasses.replace(settings, erasing=Erasing(seed, erasing) if erasing else None, mixing=mixing)
     return TrainLoader(_backend(loader, settings), settings, plan, seed, on_error)
 
 

@@ -64,8 +64,11 @@ class DaliBackend:
 
     def __init__(self, settings: Settings, resize: bool | None = None) -> None:
         self.settings = settings
-        self.resize = settings.device.type == "cuda" if resize is None else resize
+        # policies work on the CPU, and then all the rest does
+        automatic = settings.device.type == "cuda" and not settings.transform.policies
+        self.resize = automatic if resize is None else resize
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="image-reader")
+        self._augmenters = ThreadPoolExecutor(max(1, settings.workers), thread_name_prefix="image-augmenter")
 
     def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
         source: Iterable[tuple[MicroBatch, bool]] = ((request, False) for request in requests)
@@ -83,11 +86,12 @@ class DaliBackend:
 
     def close(self) -> None:
         self._readers.shutdown(cancel_futures=True)
+        self._augmenters.shutdown(cancel_futures=True)
 
     def read(self, request: MicroBatch, pillow: bool) -> _Work:
         """Starts reading a batch in chunks."""
         size = self.settings.transform.size_at(request.epoch)
-        draws = self.settings.transform.draws(request.epoch, request.indices).tolist()
+        draws = self.settings.transform.draws(request).tolist()
         pairs = list(zip(request.indices.tolist(), draws, strict=True))
         chunks = [pairs[i : i + CHUNK] for i in range(0, len(pairs), CHUNK)]
         return _Work(request, pillow, [self._readers.submit(self._rows, chunk, size, pillow) for chunk in chunks])
@@ -104,14 +108,14 @@ class DaliBackend:
                 region = transform.region(draw, *shape)
                 return _Row(np.frombuffer(data, np.uint8), *region, transform.mirror(draw), draw)
             picture = decode(data, images.paths[index], self.settings.max_pixels)
-            return _ready(transform.finish(cut(picture, transform, draw), draw, size))
+            return _ready(transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw))
         except BadImageError as error:
             return error
 
     def pipeline(self, source: Iterator[tuple[Any, ...]], batch_size: int) -> Pipeline:
         """Encoded files and windows -> windows (h, w, 3), or finished pictures (S, S, 3)."""
         settings = self.settings
-        gpu = settings.device.type == "cuda"
+        gpu = settings.device.type == "cuda" and self.resize
         mixed = gpu and settings.decoder == "mixed"
         hints: Any = {}
         if mixed:
@@ -162,7 +166,15 @@ class DaliBackend:
         for picture, window, draw in zip(pictures, windows, draws, strict=True):
             window = torch.from_dlpack(window)
             picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
+        if self.settings.transform.policies:
+            list(self._augmenters.map(self._augment, pictures, draws))  # Pillow leaves Python to the other threads
+        if self.settings.device.type == "cuda":
+            pictures = pictures.pin_memory().to(self.settings.device, non_blocking=True)
         return pictures
+
+    def _augment(self, picture: torch.Tensor, draw: list[float] | None) -> None:
+        if draw is not None:
+            picture.copy_(self.settings.transform.augment(picture, draw))
 
 
 class _Running(NamedTuple):
@@ -172,8 +184,7 @@ class _Running(NamedTuple):
     inputs: tuple[Any, ...]
     draws: list[list[float] | None]
     size: int
-    targets: np.ndarray
-    valid: int
+    request: MicroBatch
     bad: list[BadImageError]
 
 
@@ -200,13 +211,14 @@ class _Run:
         while True:
             try:
                 # on the stream that will read the batch: its memory is not reused before that stream is done with it
-                (windows,) = pipe.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
+                on_device = device.type == "cuda" and self.backend.resize
+                (windows,) = pipe.run(torch.cuda.current_stream(device) if on_device else None)
             except StopIteration:
                 return
             done = self._running.popleft()
             pictures = self.backend.finish(windows, done.draws, done.size)
-            targets = torch.from_numpy(done.targets.astype(np.int64))
-            yield Loaded(pictures, targets, done.valid, done.bad, done.work.request)
+            targets = self.settings.images.targets[done.request.indices].astype(np.int64)
+            yield Loaded(pictures, torch.from_numpy(targets), done.bad, done.request)
 
     def _refill(self) -> None:
         for request, pillow in itertools.islice(self.source, max(0, 2 - len(self._reading))):
@@ -222,8 +234,8 @@ class _Run:
             size = transform.size_at(request.epoch)
             bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
             blank = _ready(torch.zeros(size, size, 3, dtype=torch.uint8))
-            targets = self.settings.images.targets[request.indices]
-            good, targets, valid = arrange(rows, targets, request.valid, blank)
+            good, places, valid = arrange(rows, np.arange(len(rows)), request.valid, blank)
+            request = request.take(places, valid)
             self._refill()
             window = np.array([row.window for row in good], np.int32)
             inputs: tuple[Any, ...] = ([row.data for row in good], window[:, :2].copy(), window[:, 2:].copy())
@@ -231,5 +243,5 @@ class _Run:
                 box = np.array([row.box for row in good], np.float32)
                 mirror = np.array([row.mirror for row in good], np.int32)
                 inputs += (box[:, :2].copy(), box[:, 2:].copy(), np.full((len(good), 2), size, np.float32), mirror)
-            self._running.append(_Running(work, inputs, [row.draw for row in good], size, targets, valid, bad))
+            self._running.append(_Running(work, inputs, [row.draw for row in good], size, request, bad))
             yield inputs

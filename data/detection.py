@@ -18,7 +18,8 @@ from data.coco_file import COCO, FOLDER, open_coco
 from data.decode import BadImageError, decode
 from data.demo_detection import demo_detection_root
 from data.loader import EvalLoader, TrainLoader
-from data.sampling import MicroBatch, Plan, by_orientation, draws, eval_batches
+from data.orders import by_orientation
+from data.sampling import MicroBatch, Plan, draws, eval_batches
 from data.torch_loader import TorchBackend
 
 DATASETS = ("coco", "detection_folder", "demo_detection")

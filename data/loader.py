@@ -14,8 +14,10 @@ import torch
 
 from data import sampling
 from data.decode import MAX_PIXELS, BadImageError
+from data.erasing import Erasing
 from data.image_list import ImageList
 from data.mixing import Mixing
+from data.orders import repeat
 from data.sampling import MicroBatch, Plan
 from data.transforms import Transform, normalise
 
@@ -45,11 +47,13 @@ class Batch(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A batch in 8 bits, pictures (b, S, S, 3) on the device and targets (b,), and its files that could not be read."""
+    """A batch in 8 bits, pictures (b, S, S, 3) on the device and targets (b,), and its files that could not be read.
+
+    `request` is what the rows are in the end.
+    """
 
     pictures: torch.Tensor
     targets: torch.Tensor
-    valid: int
     bad: list[BadImageError]
     request: MicroBatch
 
@@ -70,6 +74,7 @@ class Settings:
     workers: int
     decoder: str = "cpu"
     max_pixels: int = MAX_PIXELS
+    erasing: Erasing | None = None
     mixing: Mixing | None = None
 
 
@@ -134,7 +139,9 @@ class _Loader:
     def _accept(self, loaded: Any) -> Any:
         self._note(loaded.bad)
         s = self.settings
-        batch = Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.valid)
+        batch = Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.request.valid)
+        if s.erasing is not None:
+            s.erasing.apply(batch.images, loaded.request)
         if s.mixing is None:
             return batch
         mix = s.mixing.draw(loaded.request, *batch.images.shape[2:])
@@ -192,7 +199,8 @@ class TrainLoader(_Loader):
 
     def _order(self, epoch: int) -> np.ndarray:
         """A function of (seed, epoch) alone."""
-        return sampling.permutation(self.seed, epoch, self.plan.n)
+        order = sampling.permutation(self.seed, epoch, self.plan.n)
+        return repeat(order, self.plan.repeats, self.plan.global_batch_size) if self.plan.repeats > 1 else order
 
     def _requests(self) -> Iterator[MicroBatch]:
         epoch, batch = self.epoch, self.batch

@@ -15,7 +15,8 @@ CANDIDATES = 10  # windows RandomResizedCrop tries before it falls back to a cen
 DRAWS = 4 * CANDIDATES + 1  # area, ratio, top, left of every candidate, then the flip
 _MASK = np.uint64(0xFFFFFFFF)
 _CHUNK = 1 << 14  # samples numbered at once: stays in the cache
-_SHUFFLE, _AUGMENT, _PLAIN, _MIX = range(4)  # separate streams of one seed
+_SHUFFLE, _AUGMENT, _PLAIN, _MIX, _POLICY, _ERASE = range(6)  # separate streams of one seed
+_COPY = 16  # from a stream to that of a sample's next copy in an epoch
 
 
 def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
@@ -34,8 +35,8 @@ def philox(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
     return np.stack((c0, c1, c2, c3), axis=-1)
 
 
-def _words(seed: int, epoch: int, stream: int, indices: np.ndarray, blocks: int) -> np.ndarray:
-    """(n, 4 * blocks) random 32-bit words for n sample indices."""
+def _words(seed: int, epoch: int, stream: int | np.ndarray, indices: np.ndarray, blocks: int) -> np.ndarray:
+    """(n, 4 * blocks) random 32-bit words for n sample indices; `stream` is one, or (n, 1)."""
     counter = np.empty((len(indices), blocks, 4), np.uint64)
     counter[..., 0] = np.asarray(indices, np.uint64)[:, None]
     counter[..., 1] = np.arange(blocks, dtype=np.uint64)
@@ -64,9 +65,13 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 
 
 def draws(seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
-    """(n, DRAWS) numbers in [0, 1) that decide everything random about n samples of an epoch."""
-    blocks = -(-DRAWS // 4)
-    return _words(seed, epoch, _AUGMENT, indices, blocks)[:, :DRAWS].astype(np.float64) / 2.0**32
+    """(n, DRAWS) numbers in [0, 1) that decide crop and flip of n samples of an epoch."""
+    return _numbers(seed, epoch, _AUGMENT, indices, DRAWS)
+
+
+def _numbers(seed: int, epoch: int, stream: int | np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    words = _words(seed, epoch, stream, indices, -(-count // 4))
+    return words[:, :count].astype(np.float64) / 2.0**32
 
 
 def crop_window(
@@ -102,13 +107,34 @@ def crop_window(
 class MicroBatch:
     """What one rank loads at once: `indices` (batch_size,) of samples, of which the first `valid` count.
 
-    `position` of the first one in the epoch's order: the same on any number of ranks.
+    `position` of the first one in the epoch's order: the same on any number of ranks. `copies` (batch_size,) tells the
+    repetitions of a sample apart (repeated augmentation); None: all are the first.
     """
 
     epoch: int
     indices: np.ndarray
     valid: int
     position: int = 0
+    copies: np.ndarray | None = None
+
+    def take(self, places: np.ndarray, valid: int) -> "MicroBatch":
+        """The same of other samples of it."""
+        copies = None if self.copies is None else self.copies[places]
+        return MicroBatch(self.epoch, self.indices[places], valid, self.position, copies)
+
+    def draws(self, seed: int, policies: int = 0) -> np.ndarray:
+        """(batch_size, DRAWS + policies) numbers in [0, 1): crop and flip, then what further operations take."""
+        found = [_numbers(seed, self.epoch, self._stream(_AUGMENT), self.indices, DRAWS)]
+        if policies:
+            found.append(_numbers(seed, self.epoch, self._stream(_POLICY), self.indices, policies))
+        return np.concatenate(found, axis=1)
+
+    def erasing(self, seed: int, count: int) -> np.ndarray:
+        """(batch_size, count) numbers in [0, 1) for random erasing."""
+        return _numbers(seed, self.epoch, self._stream(_ERASE), self.indices, count)
+
+    def _stream(self, stream: int) -> int | np.ndarray:
+        return stream if self.copies is None else stream + _COPY * self.copies[:, None].astype(np.uint64)
 
 
 @dataclass(frozen=True)
@@ -118,6 +144,8 @@ class Plan:
     Global step s takes positions [s * GB, min((s + 1) * GB, n)). Chunk j * world_size + rank of batch_size positions is
     this rank's micro-batch j. The last step of an epoch may be ragged: it has as many micro-batches as it needs, equal
     on every rank, and what is missing is filled with other samples of the epoch that do not count.
+
+    With `repeats` an epoch holds so many copies of a part of the samples (see orders.repeat).
     """
 
     n: int
@@ -125,6 +153,7 @@ class Plan:
     global_batch_size: int
     rank: int = 0
     world_size: int = 1
+    repeats: int = 1
 
     def __post_init__(self) -> None:
         if self.n < 1 or self.batch_size < 1 or not 0 <= self.rank < self.world_size:
@@ -133,6 +162,11 @@ class Plan:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of batch_size {self.batch_size} x "
                 f"{self.world_size} ranks; change one of them so that it divides"
+            )
+        if not 1 <= self.repeats <= min(self.global_batch_size, self.n):
+            raise ValueError(
+                f"repeats is {self.repeats}; so many copies of a sample should fit a step of {self.global_batch_size} "
+                f"and a data set of {self.n}: at least 1, and no more than either"
             )
 
     @property
@@ -163,7 +197,9 @@ class Plan:
         step, micro = divmod(batch, self._full)
         start = step * self.global_batch_size + (micro * self.world_size + self.rank) * self.batch_size
         positions = np.arange(start, start + self.batch_size)
-        return MicroBatch(epoch, order[positions % self.n], int(np.clip(self.n - start, 0, self.batch_size)), start)
+        copies, indices = np.divmod(order[positions % self.n], self.n)
+        valid = int(np.clip(self.n - start, 0, self.batch_size))
+        return MicroBatch(epoch, indices, valid, start, copies if self.repeats > 1 else None)
 
 
 def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[MicroBatch]:
@@ -171,34 +207,3 @@ def eval_batches(n: int, batch_size: int, rank: int = 0, world_size: int = 1) ->
     count = math.ceil(math.ceil(n / world_size) / batch_size)
     mine = np.arange(count * batch_size) * world_size + rank
     return [MicroBatch(0, rows % n, int((rows < n).sum())) for rows in mine.reshape(count, batch_size)]
-
-
-UNIT = 4  # images of one orientation that stay together: micro-batches of 1, 2 or 4 need no padding to squares
-
-
-def by_orientation(order: np.ndarray, tall: np.ndarray, global_batch_size: int) -> np.ndarray:
-    """An epoch's order (n,) rearranged so that neighbours have the same orientation, as a batch padded to its largest
-    height and width wants it.
-
-    Global steps keep what they hold on any number of ranks and with any batch size: the rearrangement looks at
-    neither. Four images at a time are taken in the order in which each orientation's next four are complete, and within
-    a step those of its first image's orientation come first (not always the wide ones: rank 0, whose BatchNorm
-    statistics count, would rarely see a tall one). What fills no unit comes last.
-
-    Args:
-        order: sample indices.
-        tall: (n,) bool, whether a sample is higher than wide.
-    """
-    unit = math.gcd(global_batch_size, UNIT)
-    flags = tall[order]
-    units, rest = [], []
-    for flag in (False, True):
-        positions = np.flatnonzero(flags == flag)
-        whole = len(positions) // unit * unit
-        units.append(positions[:whole].reshape(-1, unit))
-        rest.append(positions[whole:])
-    complete = np.concatenate(units)
-    places = np.concatenate([complete[np.argsort(complete[:, -1])].ravel(), *rest])
-    step = np.arange(len(order)) // global_batch_size
-    other = flags[places] != flags[places][step * global_batch_size]
-    return order[places[np.lexsort((other, step))]]

@@ -29,13 +29,15 @@ class Pictures(Dataset[Loaded]):
     def __getitem__(self, request: MicroBatch) -> Loaded:
         images, transform = self.settings.images, self.settings.transform
         size = transform.size_at(request.epoch)
-        draws = transform.draws(request.epoch, request.indices).tolist()
+        draws = transform.draws(request).tolist()
         rows = [self._row(int(i), draw, size) for i, draw in zip(request.indices, draws, strict=True)]
         bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
         blank = torch.zeros(size, size, 3, dtype=torch.uint8)
-        good, targets, valid = arrange(rows, images.targets[request.indices], request.valid, blank)
+        good, places, valid = arrange(rows, np.arange(len(rows)), request.valid, blank)
+        request = request.take(places, valid)
+        targets = torch.from_numpy(images.targets[request.indices].astype(np.int64))
         # in 8 bits and, in a worker, in shared memory: a quarter of the bytes between the processes, and to a GPU
-        return Loaded(default_collate(good), torch.from_numpy(targets.astype(np.int64)), valid, bad, request)
+        return Loaded(default_collate(good), targets, bad, request)
 
     def _row(self, index: int, draw: list[float], size: int) -> torch.Tensor | BadImageError:
         images, transform = self.settings.images, self.settings.transform
@@ -43,7 +45,7 @@ class Pictures(Dataset[Loaded]):
             picture = decode(images.read(index), images.paths[index], self.settings.max_pixels)
         except BadImageError as error:
             return error  # not raised here: a DataLoader would wrap the message in a traceback of its worker
-        return transform.finish(cut(picture, transform, draw), draw, size)
+        return transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw)
 
 
 class _Requests(Sampler[MicroBatch]):

@@ -7,6 +7,7 @@ height, width) in pixels.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from data import sampling
+from data.policies import Policy
+from data.sampling import MicroBatch
 
 Region = tuple[tuple[int, int, int, int], tuple[float, float, float, float]]
 EXTREME = 8  # long side / short side above which an evaluation image is never resized as a whole
@@ -21,7 +24,7 @@ EXTREME = 8  # long side / short side above which an evaluation image is never r
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """Random resized crop and horizontal flip, decided by (seed, epoch, sample).
+    """Random resized crop, horizontal flip and then the `policies`, decided by (seed, epoch, sample).
 
     `size` is the side of the result, or a schedule {first epoch: side} for progressive resizing.
     """
@@ -31,14 +34,15 @@ class TrainTransform:
     scale: tuple[float, float]
     ratio: tuple[float, float]
     flip: float
+    policies: tuple[Policy, ...] = ()
 
     def size_at(self, epoch: int) -> int:
         if isinstance(self.size, int):
             return self.size
         return self.size[max(start for start in self.size if start <= epoch)]
 
-    def draws(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return sampling.draws(self.seed, epoch, indices)
+    def draws(self, request: MicroBatch) -> np.ndarray:
+        return request.draws(self.seed, sum(policy.draws for policy in self.policies))
 
     def region(self, draw: Sequence[float], height: int, width: int) -> Region:
         """Window to decode, and the box inside it (top, left, bottom, right) that is resized."""
@@ -46,7 +50,7 @@ class TrainTransform:
         return window, (0.0, 0.0, float(window[2]), float(window[3]))
 
     def mirror(self, draw: Sequence[float]) -> bool:
-        return draw[-1] < self.flip
+        return draw[sampling.DRAWS - 1] < self.flip
 
     def same_in_dali(self, height: int, width: int) -> bool:
         """DALI repeats the border pixel where Pillow renormalises the filter: the outermost pixels of a random window
@@ -64,6 +68,15 @@ class TrainTransform:
         pixels = pixels.flip(3) if self.mirror(draw) else pixels
         return pixels[0].permute(1, 2, 0)
 
+    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:
+        """The policies' work on a picture (S, S, 3)."""
+        if not self.policies:
+            return picture
+        image, start = Image.fromarray(picture.numpy()), sampling.DRAWS
+        for policy in self.policies:
+            image, start = policy(image, draw[start : start + policy.draws]), start + policy.draws
+        return torch.from_numpy(np.array(image))
+
 
 @dataclass(frozen=True)
 class EvalTransform:
@@ -71,12 +84,13 @@ class EvalTransform:
 
     resize: int
     size: int
+    policies: ClassVar[tuple[Policy, ...]] = ()
 
     def size_at(self, epoch: int) -> int:
         return self.size
 
-    def draws(self, epoch: int, indices: np.ndarray) -> np.ndarray:
-        return np.zeros((len(indices), 0))
+    def draws(self, request: MicroBatch) -> np.ndarray:
+        return np.zeros((len(request.indices), 0))
 
     def _resized(self, height: int, width: int) -> tuple[int, int, int, int]:
         """Height and width after resizing, top and left of the crop (rounded half to even)."""
@@ -107,6 +121,9 @@ class EvalTransform:
         else:
             image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
+
+    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:
+        return picture
 
 
 Transform = TrainTransform | EvalTransform

@@ -13,7 +13,8 @@ from data.coco import bitmaps
 from data.coco_file import COCO as COCO_LAYOUT
 from data.coco_file import FOLDER, open_coco
 from data.demo_detection import COUNTS, demo_detection_root
-from data.sampling import by_orientation, permutation
+from data.orders import by_orientation
+from data.sampling import permutation
 
 SQUARE = [[2, 2, 12, 2, 12, 12, 2, 12]]
 IMAGES = [

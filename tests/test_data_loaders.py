@@ -11,7 +11,7 @@ from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
 import data
-from data import sampling
+from data import policies, sampling
 from data.folder import list_folder
 from data.image_list import ImageList
 
@@ -22,6 +22,11 @@ LOADERS = [
 ]
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}  # pixels as they are, 0 ... 255
+FILL = (124, 116, 104)
+EVERYTHING = {
+    "policies": (policies.TimmRandAugment.parse("rand-m9-mstd0.5-inc1", FILL), policies.ColorJitter(0.4, 0.4, 0.4)),
+    "erasing": 0.25, "mixing": data.Mixing(1, 0.8, 1.0), "repeats": 3,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -81,9 +86,11 @@ def test_evaluation_equals_torchvision(loader: str, resize: int, size: int, sour
 
 
 @needs_dali
-def test_training_pictures_agree_between_loaders(imagenette: Path):
+@pytest.mark.parametrize("augmentation", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_training_pictures_agree_between_loaders(augmentation: dict, imagenette: Path):
     images = photos_of(imagenette / "train")
     options = {"batch_size": 8, "global_batch_size": 16, "seed": 5, "train_size": 64, "workers": 0} | PLAIN
+    options |= augmentation
     torch_ones, dali_ones = (
         batches(data.train_loader(images, loader=name, **options), 12) for name in ("torch", "dali")
     )
@@ -91,6 +98,8 @@ def test_training_pictures_agree_between_loaders(imagenette: Path):
         assert one.valid == other.valid
         assert torch.equal(one.targets, other.targets)
         assert torch.equal(one.images, other.images)
+        assert one.share == other.share
+        assert (one.partners is None) == (other.partners is None) == (not augmentation)
 
 
 @needs_dali
@@ -211,6 +220,7 @@ def test_state_does_not_depend_on_the_number_of_ranks(loader: str, digits: Image
                 world_size=world,
                 train_size=24,
                 workers=0,
+                **EVERYTHING,
             )
             one.seek(2)
             images.append(rows(batches(one, one.micro_batches(2)))[0])

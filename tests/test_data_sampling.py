@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
-from data import sampling
-from data.sampling import Plan, eval_batches
+from data import orders, sampling
+from data.sampling import MicroBatch, Plan, eval_batches
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
@@ -33,6 +33,25 @@ def test_permutation_is_a_shuffle_of_seed_and_epoch():
     others = [sampling.permutation(3, 6, 1000), sampling.permutation(4, 5, 1000), np.arange(1000)]
     assert all((order == other).mean() < 0.02 for other in others)
     assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+
+
+def test_copies_of_a_sample_share_a_step_and_not_a_micro_batch():
+    order = sampling.permutation(0, 0, 50)
+    plans = [Plan(50, 4, 24, rank, 2, repeats=3) for rank in range(2)]
+    repeated = orders.repeat(order, 3, 24)
+    micro_batches = [plan.micro_batch(repeated, 0, number) for number in range(3) for plan in plans]  # the first step's
+    found = [(int(i), int(copy)) for batch in micro_batches for i, copy in zip(batch.indices, batch.copies)]
+    assert sorted(found) == sorted((int(i), copy) for i in order[:8] for copy in range(3))
+    assert all(len(set(batch.indices.tolist())) == 4 for batch in micro_batches)
+    assert len(set(repeated.tolist())) == 50
+    rows = micro_batches[0].take(np.array([0, 0]), 2)
+    rows.copies[1] = 1
+    assert not np.array_equal(*rows.draws(0, 4))
+    first = MicroBatch(0, rows.indices, 2)  # a first copy's crop is that of a sample without repetition
+    assert np.array_equal(first.draws(0)[0], sampling.draws(0, 0, rows.indices)[0])
+    assert np.array_equal(first.draws(0)[0], rows.draws(0)[0])
+    with pytest.raises(ValueError, match="repeats is 25"):
+        Plan(50, 4, 24, repeats=25)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])

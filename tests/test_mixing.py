@@ -1,14 +1,18 @@
-"""Mixup, CutMix and their losses: timm's, as functions of (seed, epoch, position)."""
+"""Mixup, CutMix, their losses and random erasing: timm's, as functions of (seed, epoch, position)."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from timm.data.mixup import Mixup, cutmix_bbox_and_lam, mixup_target
+from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy as TimmBinaryCrossEntropy
 from timm.loss import SoftTargetCrossEntropy
 
 from data import Batch, Mixing
+from data.erasing import Erasing
 from data.mixing import Mix, beta
 from data.sampling import MicroBatch, batch_uniforms
 from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
@@ -80,3 +84,33 @@ def test_losses_of_plain_batches():
     torch.testing.assert_close(CrossEntropy(0.1)(logits[:2], batch) / 2, expected)
     expected = TimmBinaryCrossEntropy(0.1)(logits[:2], targets[:2])
     torch.testing.assert_close(BinaryCrossEntropy(0.1)(logits[:2], batch) / 2, expected)
+
+
+def test_erased_boxes_are_timms():
+    """As many, as large, as far from the border; filled with normal noise; each a function of (seed, epoch, sample)."""
+    erasing, theirs = Erasing(0, 0.5), RandomErasing(0.5, mode="pixel", device="cpu")
+    many = MicroBatch(0, np.arange(3000), 3000)
+    boxes = [erasing.box(draw, 20, 24) for draw in many.erasing(0, 42).tolist()]
+    found = np.array([box for box in boxes if box is not None])
+    assert abs(len(found) / len(boxes) - 0.5) < 0.03
+    expected = []
+    random.seed(0)
+    for _ in range(1000):
+        image = torch.zeros(1, 20, 24)
+        theirs(image)
+        rows, columns = image[0].any(1).nonzero(), image[0].any(0).nonzero()
+        if len(rows):
+            expected.append((len(rows), len(columns)))
+    for side in range(2):
+        assert stats.ks_2samp(found[:, 2 + side], np.array(expected)[:, side]).pvalue > 0.01
+    assert found[:, 0].min() == found[:, 1].min() == 0
+    assert (found[:, 0] + found[:, 2]).max() == 20
+    request = MicroBatch(1, np.array([5, 9, 5, 5]), 4, copies=np.array([0, 0, 0, 1]))
+    images = torch.full((4, 3, 40, 40), 9.0)
+    Erasing(0, 1.0).apply(images, request)
+    noise = images[images != 9]
+    assert abs(noise.mean()) < 0.1
+    assert abs(noise.std() - 1) < 0.1
+    assert torch.equal(images[0], images[2])
+    assert not torch.equal(images[0], images[1])
+    assert not torch.equal(images[0], images[3])

@@ -119,7 +119,7 @@ def _line(images: ImageList, index: int, guess: int) -> tuple[int, str, str, str
 
 
 def check(config: TrainConfig, world: World) -> None:
-    config.augmentation.check(config.train.batch_size)
+    config.augmentation.check(config.train.batch_size, config.train.global_batch_size)
 
 
 def build(config: TrainConfig) -> Classification:
@@ -135,12 +135,11 @@ def open_dataset(d: DataConfig) -> tuple[ImageList, ImageList]:
 
 def train_loader(split: ImageList, config: TrainConfig, world: World) -> data.TrainLoader:
     d, a, o = config.data, config.augmentation, config.train
-    mixing = data.Mixing(config.seed, a.mixup, a.cutmix, a.mix_probability, a.mix_switch)
     return data.train_loader(
         split,
         global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
         seed=config.seed, train_size=d.train_size, scale=a.scale, ratio=a.ratio, flip=a.hflip,
-        mixing=mixing if a.mixup or a.cutmix else None,
+        policies=a.policies(d.mean), erasing=a.erasing, mixing=a.mixing(config.seed), repeats=a.repeats,
         **_loading(d, world),
     )  # fmt: skip
 
