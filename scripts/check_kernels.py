@@ -2,7 +2,7 @@
 
     python scripts/check_kernels.py                                       RedNet-50, bf16, sm_80 to sm_120
     python scripts/check_kernels.py --models rednet50 ablation --arch 86 90 --dtype bf16 fp32
-    python scripts/check_kernels.py --models rednet50 --size 800 1280 --batch 2      a detector's backbone
+    python scripts/check_kernels.py --models dense --size 800 1280 --batch 2      detectors and segmentors
 
 A line a kernel: tile (runs x groups x warps), registers, spilled bytes, shared memory of what a program may have,
 programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
@@ -111,7 +111,12 @@ def _problem(found: Compiled, dtype: str, arch: int) -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["rednet50"], help='names of models; "ablation" is Table 6')
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        default=["rednet50"],
+        help='names of models; "ablation" is Table 6, "dense" what is built around RedNet-50',
+    )
     parser.add_argument("--arch", nargs="+", type=int, default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
     parser.add_argument("--size", nargs=2, type=int, default=[224, 224], metavar=("H", "W"), help="of the images")

@@ -126,8 +126,8 @@ def plan_grad_weight(
     """The launch, and the partial sums of weight (parts, G*K*K, R) and bias (parts, G*K*K) that it fills."""
     arguments = _correlation(grad, input, common, reduced)
     taps, channels = common["G"] * common["K"] ** 2, common["R"]
-    # two rows of taps a program: they share most input rows (in L1); more take minutes to compile
-    rows, tile = min(2, common["K"]), tiles.grad_weight_tile(common, input.element_size())
+    tile = tiles.grad_weight_tile(common, input.element_size())
+    rows = tiles.grad_weight_rows(tile, common)
     programs = triton.cdiv(common["G"], tile.GB) * triton.cdiv(common["K"], rows)
     # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
     parts = min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], tile.J))

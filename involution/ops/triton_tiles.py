@@ -66,6 +66,16 @@ def grad_weight_tile(a: dict[str, Any], element_size: int) -> Tile:
     return Tile(max(2, 2 * runs // element_size), groups)  # wider types take more shared memory
 
 
+def grad_weight_rows(tile: Tile, a: dict[str, Any]) -> int:
+    """Rows of taps a program: two share most input rows (in L1), more take minutes to compile.
+
+    One where a thread holds 8 channels of a run beside the widest sums: two would spill before sm_90 (256 x 14 x 14,
+    288 bytes), and gain nothing there.
+    """
+    channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
+    return 1 if a["K"] == 1 or (channels >= 8 and tile.GB * a["RP"] >= 256) else 2
+
+
 def _power(value: int) -> int:
     """The next power of two."""
     return 1 << max(0, value - 1).bit_length()

@@ -39,15 +39,17 @@ class Layer(NamedTuple):
 
 
 def networks(names: list[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Models by name; "ablation" stands for Table 6's variants of RedNet-50."""
+    """Models by name; "ablation" stands for Table 6's variants of RedNet-50, "dense" for networks around it."""
     for name in names:
-        variants = {"": {}} if name != "ablation" else ABLATION
-        for variant, options in variants.items():
-            with torch.device("meta"):
-                if name == "ablation":
+        with torch.device("meta"):
+            if name == "ablation":
+                for variant, options in ABLATION.items():
                     yield variant, create_model("rednet50", stem="convolution", **options)
-                else:
-                    yield name, create_model(name)
+            elif name == "dense":
+                for model in ("semantic_fpn", "upernet"):  # the first has the detectors' neck
+                    yield model, create_model(model, backbone={"name": "rednet50"}, neck="involution", num_classes=19)
+            else:
+                yield name, create_model(name)
 
 
 def layers_of(model: nn.Module, height: int = 224, width: int = 224) -> list[Layer]:
