@@ -59,6 +59,7 @@ class AttentionGeneration(nn.Module):
         width = groups * max(1, channels // groups // reduction_ratio)
         self.groups, self.kernel_size, self.stride, self.dilation = groups, kernel_size, stride, dilation
         self.activation = activation
+        self.sums_to_one = activation != "sigmoid"
         self.pool = pool
         self.query = nn.Conv2d(channels, width, 1, bias=False)
         self.key = nn.Conv2d(channels, width, 1, bias=False)
@@ -100,6 +101,7 @@ class ActivatedGeneration(nn.Module):
         super().__init__()
         self.generation = generation
         self.kernel_size, self.activation = kernel_size, activation
+        self.sums_to_one = activation == "softmax"
 
     def forward(self, x: Tensor) -> Tensor:
         kernels = self.generation(x)

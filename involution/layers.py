@@ -90,8 +90,14 @@ class Involution2d(NotScripted, nn.Module):
             kernel = span(hidden)
         else:
             kernel = generation(x)
-        kernel = kernel.unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-        return involution2d(x, kernel, **window)
+        return involution2d(x, self._seen(kernel), **window)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """The kernels that it applies to ``x``: (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
+        return self._seen(self.kernel_generation(x))
+
+    def _seen(self, kernel: Tensor) -> Tensor:
+        return kernel.unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
 
     def training_step(self, x: Tensor) -> recompute.Step | None:
         """What it does in training, as one operator on the CPU; None where its modules are to run one by one.

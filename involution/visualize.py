@@ -3,8 +3,11 @@
 Shapes:  B images, G groups, K kernel size, Ho x Wo output pixels of the layer, S x T pixels of the images
 
 Each kernel is summed up by the sum of its K*K values; a heat map has these sums at all positions, for one group.
+Kernels that end in a softmax, as attention's, always sum up to 1: there it is the sum of squares, from 1 / K^2, where a
+pixel attends to its whole window alike, to 1, where it attends to one place only.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -14,22 +17,26 @@ from torch import Tensor, nn
 
 from involution.kernel_generation import SpanGeneration
 from involution.layers import Involution2d
+from involution.models.lrnet import LocalRelation
+from involution.models.san import SelfAttention
+from involution.models.standalone import LocalAttention
 
 FIGURE3 = "conv3_4"  # the paper's layer
+Layer = Involution2d | LocalAttention | LocalRelation | SelfAttention
+IN_BLOCK = re.compile(r"layer(\d+)\.(?:(?:\d+\.)?blocks\.)?(\d+)\.(?:conv2|attention)")
 
 
-def involutions(model: nn.Module) -> dict[str, Involution2d]:
-    """The involutions of a model: in the residual blocks by the paper's names, elsewhere by their module's path.
+def involutions(model: nn.Module) -> dict[str, Layer]:
+    """The involutions of a model, self-attention written as one among them: in the residual blocks by the paper's
+    names, elsewhere by their module's path.
 
     conv2_1 is the first block of the first stage (``layer1.0``), conv3_4 the fourth of the next (``layer2.3``).
     """
     found = {}
     for path, module in model.named_modules():
-        if isinstance(module, Involution2d):
-            stage, _, rest = path.removeprefix("layer").partition(".")
-            block, _, child = rest.partition(".")
-            in_block = path.startswith("layer") and child == "conv2" and stage.isdigit() and block.isdigit()
-            found[f"conv{int(stage) + 1}_{int(block) + 1}" if in_block else path] = module
+        if isinstance(module, Layer):
+            block = IN_BLOCK.fullmatch(path)
+            found[f"conv{int(block[1]) + 1}_{int(block[2]) + 1}" if block else path] = module
     return found
 
 
@@ -52,15 +59,16 @@ def find_layer(model: nn.Module, layer: str | None = None) -> str | None:
     )
 
 
-def kernel_sums(layer: Involution2d, x: Tensor) -> Tensor:
-    """The sums over the K*K values of each kernel that `layer` makes for its input: (B, C, H, W) -> (B, G, Ho, Wo).
+def kernel_sums(layer: Layer, x: Tensor) -> Tensor:
+    """The sums over the K*K values, or squares, of each kernel that `layer` makes: (B, C, H, W) -> (B, G, Ho, Wo).
 
     The kernels of the built-in generators are linear in what precedes their last convolution, so its weights are summed
     up instead: the kernels themselves are never made.
     """
-    generation = layer.kernel_generation
+    generation = getattr(layer, "kernel_generation", layer)
     if not isinstance(generation, SpanGeneration):
-        return generation(x).unflatten(1, (layer.groups, -1)).sum(2)
+        kernel = layer.kernel(x)
+        return (kernel.square() if getattr(generation, "sums_to_one", False) else kernel).sum((2, 3))
     span = generation.span
     weight = span.weight.unflatten(0, (layer.groups, -1)).sum(1)
     bias = None if span.bias is None else span.bias.unflatten(0, (layer.groups, -1)).sum(1)
@@ -72,7 +80,7 @@ def kernel_heat_maps(model: nn.Module, images: Tensor, layer: str | None = None)
     """The heat maps of one layer, float32 (B, G, Ho, Wo). The model is left as it was: modes, buffers, random state.
 
     Args:
-        model: any with an ``Involution2d`` in it.
+        model: any with a ``Layer`` in it.
         images: (B, 3, S, T), normalised as in training, on the model's device.
         layer: see ``find_layer``, also for the default.
 

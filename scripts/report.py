@@ -13,12 +13,13 @@ and stem with nothing else changed. The paper's figures (docs/paper) and the dif
 import argparse
 import csv
 import io
+import re
 import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
 import dense_report
-from model_table import ABLATIONS, PAPER
+from model_table import ABLATIONS, ATTENTION, PAPER
 from runs import Run, find_runs, settings
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -27,7 +28,7 @@ LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textascii
 def default_of(run: Run) -> str:
     """The setting that `run` is compared with."""
     stem = run.options.get("stem")
-    name = run.config["model"]["name"].replace("resnet", "rednet")
+    name = re.sub("^resnet", "rednet", run.config["model"]["name"])
     return f"{name} stem={stem}" if stem else name
 
 
@@ -37,7 +38,7 @@ def paper_top1(run: Run) -> str:
     if not options:
         with open(PAPER / "table1_classification.csv", newline="") as file:
             rows = {row["architecture"].lower().replace("-", ""): row["top1"] for row in csv.DictReader(file)}
-        return rows.get(name, "")
+        return rows.get(ATTENTION.get(name, (name,))[0].lower().replace("-", ""), "")
     if options.pop("stem", None) != "convolution":
         return ""
     with open(PAPER / "table6_ablation.csv", newline="") as file:

@@ -1,6 +1,5 @@
 """Run folders and what distinguishes them, for report.py and the plots."""
 
-import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,8 @@ import torch
 import yaml
 
 from involution.complexity import Complexity, count
-from involution.dense import MODELS
-from involution.models import RedNet, create_model
+from involution.models import DENSE, MODELS, create_model, model_defaults
 
-DEFAULTS = {name: p.default for name, p in inspect.signature(RedNet).parameters.items()}
 PLACE = {"name", "output_root", "device", "seed"}  # what does not make it another setting
 
 
@@ -32,7 +29,7 @@ class Run:
     @property
     def is_dense(self) -> bool:
         """Whether it is about boxes, masks or pixels, not a classifier."""
-        return self.config["model"]["name"] in MODELS
+        return self.config["model"]["name"] in DENSE
 
     def score(self, name: str) -> float | None:
         """The last epoch's "top1", "ap", "miou", ... that there is."""
@@ -43,7 +40,8 @@ class Run:
     def options(self) -> dict[str, Any]:
         """What differs from the model's defaults."""
         model = self.config["model"]
-        return {k: v for k, v in model.items() if k in DEFAULTS and k != "num_classes" and v != DEFAULTS[k]}
+        usual = model_defaults(model["name"]) if model["name"] in MODELS else {}
+        return {k: v for k, v in model.items() if k in usual and v != usual[k]}
 
     @property
     def setting(self) -> str:

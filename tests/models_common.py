@@ -3,6 +3,24 @@
 import torch
 from torch import nn
 
+from involution.models.aa import AAResNet
+from involution.models.axial import AxialResNet
+from involution.models.lrnet import LRNet
+from involution.models.san import SAN
+from involution.models.standalone import StandAloneResNet
+
+ONE = (1, 1, 1, 1)
+#: the self-attention families: a small network, and the side of its images
+ATTENTION = {
+    "standalone": (lambda: StandAloneResNet(ONE, 3, kernel_size=3), 33),
+    "lrnet": (lambda: LRNet(ONE, (64, 128, 256, 512), 3, kernel_size=3), 33),
+    "pairwise": (lambda: SAN("pairwise", (1, *ONE), 3), 130),
+    "patchwise": (lambda: SAN("patchwise", (1, *ONE), 3), 130),
+    "aa": (lambda: AAResNet(ONE, 3, image_size=64), 64),
+    "axial": (lambda: AxialResNet(ONE, 0.5, "axial", 3), 33),
+    "axial_full_span": (lambda: AxialResNet(ONE, 0.5, "convolution", 3, span=None, image_size=64), 64),
+}
+
 
 def fitted(model: nn.Module, size: int = 64, seed: int = 0) -> nn.Module:
     """``model`` in eval mode with live residual branches and BatchNorm statistics of its own activations.

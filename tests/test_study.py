@@ -4,6 +4,7 @@ import csv
 import shutil
 
 import pytest
+import yaml
 from PIL import Image
 from programs import ROOT, in_process, python, torchrun
 
@@ -82,6 +83,27 @@ def test_the_report_on_imagenet_has_the_difference_to_the_paper(study, tmp_path)
     assert three["to paper"] == ""  # the paper has no RedNet-26 with 3 x 3 kernels
     assert float(seven["to paper"]) == pytest.approx(float(seven["top-1 (%)"]) - 75.9, abs=0.11)
     assert float(seven["parameters (M)"]) == pytest.approx(9.23, abs=0.01)
+
+
+def test_attention_networks_have_rows_and_points_too(jobs, tmp_path):
+    """Two runs' models exchanged: their own options' defaults, their rows of Table 1, Figure 2."""
+    models = {"standalone_resnet26": {}, "lrnet26": {"group_channels": 4}}
+    for run, (name, options) in zip(jobs[:2], models.items(), strict=True):
+        folder = shutil.copytree(run, tmp_path / "sweep" / name, ignore=shutil.ignore_patterns("checkpoints"))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        model = yaml.safe_load((ROOT / "conf" / "model" / f"{name}.yaml").read_text())
+        config["model"] = model | options | {"num_classes": 10}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    finished = in_process("scripts/report.py", str(tmp_path / "sweep"), "--format", "csv")
+    assert finished.status == 0, finished.stderr
+    rows = list(csv.DictReader(finished.stdout.splitlines()))
+    assert [(row["setting"], row["paper, ImageNet"]) for row in rows] == [
+        ("lrnet26 group_channels=4", ""),
+        ("standalone_resnet26", "74.8"),
+    ]
+    finished = in_process("scripts/plot_accuracy.py", str(tmp_path / "sweep"), "--out", str(tmp_path / "a"))
+    assert finished.status == 0, finished.stderr
+    assert (tmp_path / "a.png").stat().st_size > 10**4
 
 
 def test_latex_gets_its_own_characters_escaped(monkeypatch):

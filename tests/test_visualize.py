@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from models_common import ATTENTION
 
 from involution import create_model
 from involution.visualize import find_layer, heat_map_picture, involutions, kernel_heat_maps
@@ -22,6 +23,38 @@ def test_the_maps_are_the_sums_of_the_kernels(images, options):
     expected = made[0].unflatten(1, (layer.groups, -1)).sum(2)
     assert maps.shape == (2, layer.groups, 8, 6)
     torch.testing.assert_close(maps, expected, rtol=1e-4, atol=1e-4)
+
+
+def maps_and_kernels(model, images):
+    """The maps, and the kernels of the layer shown."""
+    layer, seen = involutions(model)[find_layer(model)], []
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    maps = kernel_heat_maps(model.eval(), images)
+    hook.remove()
+    return maps, layer.kernel(seen[0])
+
+
+@pytest.mark.parametrize("name", ["standalone", "lrnet", "pairwise", "patchwise"])
+def test_attention_is_shown_by_its_squares_for_its_sums_are_one(name):
+    make, side = ATTENTION[name]
+    model = make()
+    assert find_layer(model) == "conv3_1"
+    maps, kernel = maps_and_kernels(model, torch.randn(1, 3, side, side))
+    if name == "patchwise":  # has no softmax
+        torch.testing.assert_close(maps, kernel.sum((2, 3)), rtol=1e-4, atol=1e-4)
+        return
+    torch.testing.assert_close(kernel.sum((2, 3)), torch.ones_like(maps))
+    torch.testing.assert_close(maps, kernel.square().sum((2, 3)))
+    assert maps.std() > 0
+
+
+@pytest.mark.parametrize("generation", ["attention", "linear"])
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_kernels_with_an_activation(images, generation, activation):
+    options = {"kernel_generation": generation, "kernel_activation": activation}
+    model = create_model("rednet26", num_classes=0, **options)
+    maps, kernel = maps_and_kernels(model, images[:1])
+    torch.testing.assert_close(maps, (kernel.square() if activation == "softmax" else kernel).sum((2, 3)))
 
 
 def test_a_generator_of_ones_own(images):

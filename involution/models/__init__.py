@@ -125,10 +125,16 @@ def without_weights(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def model_options(name: str) -> list[str]:
     """The options that ``create_model(name, num_classes, ...)`` takes."""
+    return list(model_defaults(name))
+
+
+def model_defaults(name: str) -> dict[str, Any]:
+    """The options that ``create_model(name, num_classes, ...)`` takes, and their values when they are left out."""
     maker = _dense(name) if name in DENSE else MODELS[name]
     if not isinstance(maker, partial) and name not in DENSE:
         maker = RedNet if name.startswith("rednet") else ResNet
-    return [p for p in inspect.signature(maker).parameters if p not in ("depths", "num_classes")]
+    parameters = inspect.signature(maker).parameters
+    return {key: p.default for key, p in parameters.items() if key not in ("depths", "num_classes")}
 
 
 def _dense(name: str) -> Any:
@@ -146,6 +152,7 @@ __all__ = [
     "StagedNetwork",
     "create_model",
     "load_model",
+    "model_defaults",
     "model_options",
     "tensors_for",
     "without_weights",

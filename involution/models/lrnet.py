@@ -28,6 +28,8 @@ from involution.sequence import sequence
 class LocalRelation(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
 
+    sums_to_one = True  # each kernel
+
     def __init__(self, channels: int, kernel_size: int, stride: int, dilation: int, group_channels: int) -> None:
         super().__init__()
         check_odd(kernel_size=kernel_size)
@@ -43,11 +45,14 @@ class LocalRelation(NotTraced, nn.Module):
         self.project = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.project(involution2d(x, self.kernel(x), stride=self.stride, dilation=self.dilation))
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
         window = {"stride": self.stride, "dilation": self.dilation}
         scores = neighbourhood_product(self.query(x), self.key(x), self.kernel_size, groups=self.groups, **window)
         scores = scores + self.prior()[:, :, :, None, None]
-        kernel = window_softmax(scores, *x.shape[2:], **window)
-        return self.project(involution2d(x, kernel, **window))
+        return window_softmax(scores, *x.shape[2:], **window)
 
     def prior(self) -> Tensor:
         """g, (G, K, K): of each tap's offset, to the right and up, in pixels; the same for all pixels and images."""

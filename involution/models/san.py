@@ -46,6 +46,8 @@ def neighbours(x: Tensor, kernel_size: int) -> Tensor:
 class PairwiseGeneration(nn.Module):
     """Kernels (B, G*K*K, H, W) from the difference of a pixel and each of its neighbours."""
 
+    sums_to_one = True  # each kernel
+
     def __init__(self, channels: int, groups: int, kernel_size: int) -> None:
         super().__init__()
         width = channels // 16
@@ -122,8 +124,11 @@ class SelfAttention(NotTraced, nn.Module):
         if isinstance(generation, SpanGeneration) and generation.may_fuse():
             span = generation.span
             return span_involution2d(values, generation.hidden(x), span.weight, span.bias, self.kernel_size, padding=0)
-        kernel = generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
-        return involution2d(values, kernel, padding=0)
+        return involution2d(values, self.kernel(x), padding=0)
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, G, K, K, H, W)."""
+        return self.kernel_generation(x).unflatten(1, (self.groups, self.kernel_size, self.kernel_size))
 
     def products(self, x: Tensor, output: Tensor) -> int:
         """The weighted sums."""

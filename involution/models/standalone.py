@@ -40,6 +40,8 @@ def check_heads(heads: int, channels: int) -> None:
 class LocalAttention(NotTraced, nn.Module):
     """(B, C, H, W) -> (B, C, Ho, Wo): attention over the K x K window of each pixel, then pooling by ``stride``."""
 
+    sums_to_one = True  # each kernel
+
     def __init__(self, channels: int, kernel_size: int, stride: int, heads: int) -> None:
         super().__init__()
         check_odd(kernel_size=kernel_size)
@@ -54,10 +56,14 @@ class LocalAttention(NotTraced, nn.Module):
         self.pool = stride_pool(stride)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.pool(involution2d(self.value(x), self.kernel(x)))
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, heads, K, K, H, W)."""
         query = self.query(x)
         scores = neighbourhood_product(query, self.key(x), self.kernel_size, groups=self.heads)
         scores = scores + position_scores(query, self.embedding(), self.heads)
-        return self.pool(involution2d(self.value(x), window_softmax(scores, *x.shape[2:])))
+        return window_softmax(scores, *x.shape[2:])
 
     def embedding(self) -> Tensor:
         """r, (D, K, K): one of the rows' above one of the columns'."""

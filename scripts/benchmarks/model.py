@@ -11,40 +11,18 @@ from statistics import median
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import families, timing
 from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import fill_heap
+from benchmarks.networks import DTYPES, images, trained, training_step
 from benchmarks.report import Report, Row
 from benchmarks.table2 import NOTE, table2
-from involution import create_model, fold
+from involution import fold
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Call = Callable[[], Any]
-#: Table 2's self-attention networks (SAN19 in both kinds), and Stand-Alone ResNet-50
-FAMILIES = ("san19_pairwise", "san19_patchwise", "axial_resnet_s", "standalone_resnet50")
-
-
-def images(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
-    x = torch.randn(batch, 3, side, side, device=device, dtype=dtype)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def trained(name: str, side: int, device: str) -> nn.Module:
-    """A model whose BatchNorm has seen data; without that a fresh RedNet overflows in evaluation."""
-    torch.manual_seed(0)
-    model = create_model(name).to(device).to(memory_format=torch.channels_last)
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None  # the plain average
-    with torch.no_grad():
-        model(images(4, side, device, torch.float32))
-    for norm in norms:
-        norm.momentum = 0.1
-    return model.eval()
 
 
 def frozen(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -86,26 +64,6 @@ def inference(depth: int, batch: int, args: argparse.Namespace, variants: dict[s
     return row(depth, batch, timing.interleave(cases, args.repeats, args.device))
 
 
-def families(args: argparse.Namespace) -> list[Row]:
-    """Self-attention networks and ResNet-50, one image at a time."""
-    names = ("san10_patchwise",) if args.quick else FAMILIES
-    side = max(args.side, 128)  # SAN's least
-    x = images(1, side, args.device, DTYPES[args.dtype])
-    cases: dict[str, Call] = {}
-    for name in ("resnet26" if args.quick else "resnet50", *names):
-        model = trained(name, side, args.device)
-        variants = {"folded": fold(model).to(DTYPES[args.dtype]), "eager": model.to(DTYPES[args.dtype])}
-        cases |= {f"{name} {variant}": partial(torch.no_grad()(m), x) for variant, m in variants.items()}
-    samples = timing.interleave(cases, args.repeats, args.device)
-    base = next(iter(samples)).split()[0]
-    return [
-        {"model": name}
-        | {f"{variant} (ms)": timing.ms(samples, f"{name} {variant}") for variant in ("eager", "folded")}
-        | {f"{base}'s / this, folded": timing.ratio(samples, f"{base} folded", f"{name} folded")}
-        for name in (base, *names)
-    ]
-
-
 def training(depth: int, args: argparse.Namespace) -> Row:
     """One row: a whole training step (forward, backward, SGD with momentum)."""
     cases: dict[str, Call] = {}
@@ -115,24 +73,6 @@ def training(depth: int, args: argparse.Namespace) -> Row:
                 f"{kind}{depth}".lower(), args.train_batch, args, variant == "compiled"
             )
     return row(depth, args.train_batch, timing.interleave(cases, max(1, args.repeats - 2), args.device))
-
-
-def training_step(name: str, batch: int, args: argparse.Namespace, compiled: bool = False) -> Call:
-    torch.manual_seed(0)
-    model = create_model(name).to(args.device).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
-    x = images(batch, args.side, args.device, torch.float32)
-    y = torch.randint(1000, (batch,), device=args.device)
-    network = torch.compile(model, dynamic=False) if compiled else model
-
-    def step() -> None:
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bf16"):
-            loss = F.cross_entropy(network(x).float(), y)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def kinds(depth: int) -> list[str]:
@@ -171,7 +111,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
     if parts & {"inference", "breakdown"}:
         variants = {name: inference_variants(name, args) for name in names}
-    others = families(args) if args.attention else []
+    others = families.inference(args) if args.attention and "inference" in parts else []
     if "inference" in parts:
         rows = [inference(depth, batch, args, variants) for batch in args.batch for depth in args.depth]
         note = "eager; folded: by involution.fold; compiled: inductor with freezing, of the folded model."
@@ -191,6 +131,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
         note = "Forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one operator."
         report.table(f"Training step, {settings}", rows, note)
+        if args.attention:
+            families.training(args, report)
     if "memory" in parts:
         memory(args, report)
 
@@ -218,7 +160,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="training in bf16 is autocast (default fp32)")
     parser.add_argument("--only", choices=("inference", "training", "memory", "breakdown"), help="default: all four")
-    parser.add_argument("--attention", action="store_true", help="the self-attention networks of Table 2 as well")
+    parser.add_argument("--attention", action="store_true", help="the self-attention networks as well")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled inference out")
     parser.add_argument(
         "--compile-training", action="store_true", help="compiled training steps as well (minutes each)"

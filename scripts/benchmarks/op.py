@@ -170,6 +170,14 @@ def run(args: argparse.Namespace, report: Report) -> None:
         f"Limits measured in this process: {bench.peak / 1e9:.0f} GFLOP/s ({args.dtype}, matrix product or "
         f"3x3 convolution), {bandwidth(large, args.device) / 1e9:.1f} GB/s (stream triad, {large >> 20} MiB)."
     )
+    if args.only != "attention":
+        operator(bench, args, report)
+    if args.only != "operator":
+        attention.tables(bench, args.batch, report, args.quick)
+
+
+def operator(bench: Bench, args: argparse.Namespace, report: Report) -> None:
+    """The tables of the operator itself."""
     shapes = STAGES[3:] if args.quick else STAGES + (OTHERS if args.all_shapes else OTHERS[:1])
     note = (
         "Inputs and kernels given, everything channels_last but for unfold, which needs NCHW. The roofline is the "
@@ -190,7 +198,6 @@ def run(args: argparse.Namespace, report: Report) -> None:
             f"span convolution + involution, {what}", rows, "Fused: span_involution2d, kernels never in memory."
         )
         means(report, what, rows, args.batch, "unfused / fused")
-    attention.tables(bench, args.batch, report, args.quick)
     batch = max(args.batch)
     cases = ("unfold", "unfused", "fused")[2 * args.quick :]
     peaks = {case: fresh(peak_memory, case, batch, args.device, args.dtype, args.quick) for case in cases}
@@ -226,5 +233,6 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all-shapes", action="store_true", help="the first, strided involution of stages 2 to 4 as well"
     )
+    parser.add_argument("--only", choices=("operator", "attention"), help="default: both")
     parser.add_argument("--skip-compile", action="store_true", help="leave compiled unfold out (10 s a shape)")
     parser.set_defaults(run=run, title="The involution operator")
