@@ -38,6 +38,7 @@ bits() { # a run of rednet26 to the last bit: bits STEP NAME max_steps
 step tests 480 python -m pytest -q -m gpu tests                             # results, bits, graphs, synchronisations
 check synchronisations 120 --batch 128
 check step 240                                                              # RedNet-50 and ResNet-50, batch 32, 128, 256
+step step-ghost 120 python scripts/gpu/checks.py step --batch 256 --batchnorm-size 32 --out "$OUT/step-ghost.json"
 bench training 180 model --dtype bf16 --train-batch 128 --only training --repeats 9   # the two of them interleaved
 check profile 90 --batch 128
 bits whole whole 20; bits half resumed 10; bits resumed resumed 20          # killed or not, the same weights

@@ -27,6 +27,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (out / name / "checkpoints").mkdir(parents=True)
         run_file.write(out / name / "checkpoints/last.pt", {"model": {"weight": torch.tensor([value])}})
     photos = ["--root", str(out / "photos"), "--batch", "2", "4", "--workers", "1"]
+    ghost = ["--batch", "4", "--batchnorm-size", "2", "--out", str(out / "step-ghost.json")]
+    assert checks.main(["step", *SMALL, *ghost]) == 0
     runs = ["--runs", str(out / "whole"), str(out / "resumed")]
     two = ["--batch", "2"]
     for name, more in (("machine", []), ("step", two), ("profile", two), ("loader", photos), ("same-bits", runs)):
@@ -46,6 +48,7 @@ def test_the_page_says_what_was_measured(session: Path, tmp_path: Path) -> None:
     ratio = measured["rednet26"]["images/s"] / measured["resnet26"]["images/s"]
     assert f"RedNet's speed in ResNet's: {ratio:.2f} at batch 2" in text
     assert f"docs/cluster.md's r: {measured['rednet26']['images/s']:.0f} images/s at batch 2" in text
+    assert "train.batchnorm_size=2" in text
     assert "waits for the GPU in meter.py:39" in text
     assert "stopped and resumed ends with the bits" in text
     assert "Pictures do not change" in text

@@ -33,6 +33,7 @@ from data.transforms import normalise
 from involution.engine.device import choose_device
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
+from involution.engine.ghost import use_ghost_batches
 from involution.engine.learner import Learner
 from involution.engine.meter import Meter
 from involution.engine.tasks.classification import Classification
@@ -57,6 +58,8 @@ class Training:
     def __init__(self, args: argparse.Namespace, name: str, batch: int) -> None:
         device = torch.device(args.device)
         model = make_model(name, args.device)
+        if args.batchnorm_size:
+            use_ghost_batches(model, args.batchnorm_size)
         settings = dataclasses.replace(options(batch), precision=args.precision)
         world = World(0, 1, device)
         task = Classification(CrossEntropy(0.1))
@@ -98,7 +101,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
             "model": name, "batch": batch, "step (ms)": 1e3 * whole, "host (ms)": 1e3 * host,
             "images/s": batch / whole, "peak (GiB)": peak, "first step (s)": first,
         })  # fmt: skip
-    return {"precision": args.precision, "rows": rows}
+    return {"precision": args.precision, "batchnorm_size": args.batchnorm_size, "rows": rows}
 
 
 def synchronisations(args: argparse.Namespace) -> dict[str, Any]:
@@ -192,6 +195,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: does it run?")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 256])
+    parser.add_argument("--batchnorm-size", type=int, help="images that BatchNorm sees at a time; default: all")
     parser.add_argument("--size", type=int, default=224, help="side of the images")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--repeats", type=int, default=24, help="steps, or batches")

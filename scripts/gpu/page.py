@@ -43,9 +43,10 @@ def fill(report: Report, folder: Path) -> None:
     if found := _load(folder / "same-bits.json"):
         same = "ends with" if found["same"] else "DOES NOT END WITH"
         report.verdict(f"A run that was stopped and resumed {same} the bits of one that was not (deterministic=true).")
-    if found := _load(folder / "step.json"):
+    for found in filter(None, (_load(folder / f"{name}.json") for name in ("step", "step-ghost"))):
         note = "host: the time until the last launch; where it is the whole step, the host is what limits."
-        report.table(f"Training step, {found['precision']}", found["rows"], note)
+        ghost = f", train.batchnorm_size={found['batchnorm_size']}" if found["batchnorm_size"] else ""
+        report.table(f"Training step, {found['precision']}{ghost}", found["rows"], note)
         _speeds(report, found["rows"])
     for name in BENCHMARKS:
         for table in (_load(folder / f"{name}.json") or {"tables": []})["tables"]:
