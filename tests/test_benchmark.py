@@ -82,6 +82,9 @@ def test_loop(tmp_path: Path) -> None:
     row = tables[0]["rows"][0]
     assert min(row["trainer (ms)"], row["bare loop (ms)"]) > 0
     assert "more than the bare loop" in output
+    output, tables = benchmark(tmp_path, "loop", "--peer", "timm")
+    row = tables[0]["rows"][0]
+    assert min(row["trainer (ms)"], row["timm's loop (ms)"], row["trainer / timm's loop"]["median"]) > 0
 
 
 def test_data(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""The trainer's step against a bare loop with the same model, optimizer and synthetic batch.
+"""The trainer's step against a bare loop with the same model, optimizer and synthetic batch, or against timm's loop.
 
 The trainer really runs `fit`. Its loader is where the two alternate: every time the trainer asks for a batch, the
 loader takes the time since its last answer, which is one step of the trainer, and then times one step of the bare loop.
+With `--peer timm` both load pictures of a folder, each with its own loader, in this process: workers of one side would
+go on in the other's turn.
 """
 
 import argparse
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import timing
+import data
+from benchmarks import peer_timm, timing
 from benchmarks.machine import fill_heap
 from benchmarks.report import Report, Row
 from data import Batch
+from data.demo import demo_root
 from involution import create_model
 from involution.engine.distributed import World
 from involution.engine.optim import cosine
@@ -47,13 +52,15 @@ class OneBatch:
 
 
 class AlternatingLoader(OneBatch):
-    """The trainer's loader protocol, around a bare step; `block` steps of either side make one sample."""
+    """The trainer's loader protocol, around a step of the peer; `block` steps of either side make one sample."""
 
-    def __init__(self, batch: Batch, bare_step: Callable[[], object], steps: int, block: int, device: str) -> None:
-        super().__init__(batch)
-        self.bare_step, self.block, self.device = bare_step, block, device
+    def __init__(
+        self, batches: Iterator[Batch], peer: Callable[[], object], steps: int, block: int, device: str
+    ) -> None:
+        super().__init__(next(batches))
+        self.batches, self.peer, self.block, self.device = batches, peer, block, device
         self.steps_per_epoch = steps
-        self.samples: timing.Samples = {"trainer": [], "bare loop": []}
+        self.samples: timing.Samples = {"trainer": [], "peer": []}
         self.handed_out = 0
         self._begin = 0.0
 
@@ -73,18 +80,18 @@ class AlternatingLoader(OneBatch):
             if self.handed_out:
                 self.samples["trainer"].append((now - self._begin) / self.block)
             for _ in range(self.block):
-                self.bare_step()
+                self.peer()
             timing.synchronize(self.device)
             self._begin = timing.clock()
             if self.handed_out:
-                self.samples["bare loop"].append((self._begin - now) / self.block)
+                self.samples["peer"].append((self._begin - now) / self.block)
         self.handed_out += 1
-        return self.batch
+        return next(self.batches)
 
 
-def make_model(name: str, device: str) -> nn.Module:
+def make_model(name: str, device: str, classes: int = 100) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(name, num_classes=100).to(device).to(memory_format=torch.channels_last).train()
+    return create_model(name, num_classes=classes).to(device).to(memory_format=torch.channels_last).train()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -111,43 +118,79 @@ def options(batch_size: int) -> TrainOptions:
     )  # fmt: skip
 
 
-def measure(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
-    images = torch.randn(batch_size, 3, side, side, device=args.device).contiguous(memory_format=torch.channels_last)
-    batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
-    block = 10 if args.device == "cuda" else 1  # a synchronisation a step would hide what the trainer costs a GPU
-    steps = (WARM_UP + args.repeats) * block + 1
-    model, other = make_model(name, args.device), make_model(name, args.device)
-    loader = AlternatingLoader(batch, bare(other, batch, make_optimizer(other)), steps, block, args.device)
+def fit(
+    model: nn.Module, batches: Iterator[Batch], peer: Callable[[], object], batch_size: int, args: argparse.Namespace
+) -> timing.Samples:
+    """Seconds a step of the trainer and of its peer."""
+    block, steps = _block_and_steps(args)
+    loader = AlternatingLoader(batches, peer, steps, block, args.device)
     world = World(0, 1, torch.device(args.device))
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder(Path(folder) / "run", world)
         run_folder.open()
         trainer = Trainer(
             model, Classification(CrossEntropy(SMOOTHING)), make_optimizer(model), cosine(LR, steps), loader,
-            OneBatch(batch),
+            OneBatch(loader.batch),
             train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world,
             run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip
         trainer.fit()
-    samples = {case: times[WARM_UP:] for case, times in loader.samples.items()}
+    return {case: times[WARM_UP:] for case, times in loader.samples.items()}
+
+
+def _block_and_steps(args: argparse.Namespace) -> tuple[int, int]:
+    block = 10 if args.device == "cuda" else 1  # a synchronisation a step would hide what the trainer costs a GPU
+    return block, (WARM_UP + args.repeats) * block + 1
+
+
+def against_bare(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
+    images = torch.randn(batch_size, 3, side, side, device=args.device).contiguous(memory_format=torch.channels_last)
+    batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
+    other = make_model(name, args.device)
+    step = bare(other, batch, make_optimizer(other))
+    samples = fit(make_model(name, args.device), itertools.repeat(batch), step, batch_size, args)
+    return _row(name, side, batch_size, samples, "bare loop")
+
+
+def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
+    images = data.open_dataset("folder" if args.root else "demo", args.root).train
+    loader = data.train_loader(
+        images, batch_size=batch_size, global_batch_size=batch_size, seed=0, train_size=side, loader="torch", workers=0,
+        device=args.device,
+    )  # fmt: skip
+    model, other = (make_model(name, args.device, len(images.class_names)) for _ in range(2))
+    theirs = peer_timm.loop(
+        other, args.root or str(demo_root()), side=side, batch_size=batch_size, lr=LR, smoothing=SMOOTHING,
+        updates=_block_and_steps(args)[1], device=args.device,
+    )  # fmt: skip
+    samples = fit(model, iter(loader), theirs, batch_size, args)
+    loader.close()
+    return _row(name, side, batch_size, samples, "timm's loop")
+
+
+def _row(name: str, side: int, batch_size: int, samples: timing.Samples, peer: str) -> Row:
     return {
         "model": name, "images": f"{batch_size} x {side} x {side}",
-        "trainer (ms)": timing.ms(samples, "trainer"), "bare loop (ms)": timing.ms(samples, "bare loop"),
-        "trainer / bare loop": timing.ratio(samples, "trainer", "bare loop"),
+        "trainer (ms)": timing.ms(samples, "trainer"), f"{peer} (ms)": timing.ms(samples, "peer"),
+        f"trainer / {peer}": timing.ratio(samples, "trainer", "peer"),
     }  # fmt: skip
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
     logging.getLogger("involution").setLevel(logging.ERROR)  # it would complain about the loader
     fill_heap(0.1 if args.quick else 2)
-    setups = ["rednet26:32:2"] if args.quick else args.setup
+    measure, peer = (against_timm, "timm's loop") if args.peer == "timm" else (against_bare, "bare loop")
     rows = []
-    for setup in setups:
+    for setup in ["rednet26:32:2"] if args.quick else args.setup:
         name, side, batch_size = setup.split(":")
         rows.append(measure(name, int(side), int(batch_size), args))
-    report.table("A training step", rows, "Forward, backward, SGD with momentum, label smoothing; synthetic images.")
-    worst = max(row["trainer / bare loop"].median for row in rows)
-    report.verdict(f"The trainer takes at most {100 * (worst - 1):.1f} % more than the bare loop.")
+    what = "Forward, backward, SGD with momentum, label smoothing; "
+    what += "loading included, by the torch loader and timm's." if args.peer == "timm" else "synthetic images."
+    report.table("A training step", rows, what)
+    worst = max(row[f"trainer / {peer}"].median for row in rows)
+    report.verdict(
+        f"The trainer takes at most {100 * (worst - 1):.1f} % more than {'the ' * (args.peer == 'bare')}{peer}."
+    )
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -159,4 +202,6 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         "--setup", nargs="+", default=["rednet26:64:16", "rednet50:224:8"], metavar="MODEL:SIDE:BATCH",
         help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8",
     )  # fmt: skip
+    parser.add_argument("--peer", choices=("bare", "timm"), default="bare", help="the other side (default bare)")
+    parser.add_argument("--root", help="--peer timm: train/<class>/ and val/<class>/ are in it (default: the demo set)")
     parser.set_defaults(run=run, title="The cost of the training loop", repeats=25)
