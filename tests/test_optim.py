@@ -1,17 +1,20 @@
-"""Schedules as the paper and the released configuration give them; parameter groups; momentum after a skipped step."""
+"""Schedules as the paper and the released configuration give them; parameter groups; skipped steps."""
 
 import copy
 import math
+from functools import partial
 
 import pytest
+import timm
 import torch
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from data import Batch
 from involution import create_model
 from involution.engine.distributed import World
 from involution.engine.learner import Learner
-from involution.engine.optim import build_schedule, exponential_average, parameter_groups, prepare
+from involution.engine.optim import Update, build_schedule, exponential_average, parameter_groups, timm_optimizer
 from involution.engine.options import TrainOptions
 from involution.engine.tasks.classification import Classification
 from involution.weights.run_file import digest
@@ -63,27 +66,80 @@ def test_norms_and_biases_are_found_by_their_dimensions():
     assert len(decayed["params"]) + len(spared["params"]) == len(list(model.parameters()))
 
 
-@pytest.mark.parametrize("build", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_skipped_first_step_leaves_weights_and_state_alone(build):
-    parameter = nn.Parameter(torch.ones(1000))
-    options = {"momentum": 0.9} if build is torch.optim.SGD else {}
-    optimizer = prepare(build([parameter], lr=0.1, fused=True, **options))
-    reference = nn.Parameter(torch.ones(1000))
-    plain = build([reference], lr=0.1, **options)
-    optimizer.grad_scale = None
-    for gradient in (torch.full((1000,), float("nan")), torch.full((1000,), 2.0), torch.full((1000,), -1.0)):
-        parameter.grad = gradient.clone()
-        optimizer.found_inf = (~torch.isfinite(gradient).all()).float()
-        optimizer.step()
-        if torch.isfinite(gradient).all():
-            reference.grad = gradient.clone()
+def test_layers_learn_at_rates_by_their_depth():
+    model = create_model("rednet26", num_classes=10)
+    groups = parameter_groups(model, "norm_and_bias", layer_decay=0.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    scales = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert len(scales) == len(names)
+    blocks = [
+        f"layer{stage}.{block}.conv1.weight" for stage, count in enumerate((1, 2, 4, 1), 1) for block in range(count)
+    ]
+    rates = [scales[name] for name in (*blocks, "fc.weight")]
+    assert rates == [0.5**i for i in reversed(range(len(rates)))]
+    assert scales["fc.bias"] == 1
+    theirs = timm.create_model("resnet18")
+    ours = {
+        names: group["lr_scale"] for group in parameter_groups(theirs, layer_decay=0.5) for names in group["params"]
+    }
+    expected = {
+        p: group["lr_scale"] for group in param_groups_layer_decay(theirs, layer_decay=0.5) for p in group["params"]
+    }
+    assert ours == expected
+
+
+OPTIMIZERS = {
+    "fused SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True),
+    "fused AdamW": partial(torch.optim.AdamW, lr=0.1, fused=True),
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.1, momentum=0.9),
+    "timm's lamb": partial(timm_optimizer, name="lamb", lr=0.1, weight_decay=0.1),
+    "timm's lion": partial(timm_optimizer, name="lion", lr=0.1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_skipped_step_leaves_weights_and_state_alone(name):
+    build = OPTIMIZERS[name]
+    parameter, reference = (nn.Parameter(torch.ones(1000)) for _ in range(2))
+    update = Update(build([{"params": [parameter]}]))
+    plain = build([{"params": [reference]}])
+    for value in (float("nan"), 2.0, float("inf"), -1.0):
+        parameter.grad = torch.full((1000,), value)
+        update(~torch.isfinite(parameter.grad).all())
+        if math.isfinite(value):
+            reference.grad = torch.full((1000,), value)
             plain.step()
     torch.testing.assert_close(parameter, reference)
 
 
-def test_an_optimizer_that_cannot_skip_on_the_device_is_refused():
-    with pytest.raises(ValueError, match=r"optimizer\.fused=true"):
-        prepare(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
+@pytest.mark.parametrize("name", ["RMSprop", "timm's lion"])
+def test_what_a_gpu_puts_back_after_a_skipped_step(name):
+    torch.manual_seed(0)
+    parameters = [
+        nn.Parameter(torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.ones(3)),
+    ]
+    optimizer = OPTIMIZERS[name]([{"params": parameters}])
+    update = Update(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = copy.deepcopy([*parameters, optimizer.state_dict()["state"]])
+    update.masked(torch.tensor(False))
+    after = copy.deepcopy([*parameters, optimizer.state_dict()["state"]])
+    assert not torch.equal(before[0], after[0])
+    for parameter in parameters:
+        parameter.grad.fill_(float("nan"))
+    update.masked(torch.tensor(True))
+    for state in (after[2], optimizer.state_dict()["state"]):
+        for values in state.values():
+            values.pop("step", None)  # kept on the CPU: it counts on
+    torch.testing.assert_close([*parameters, optimizer.state_dict()["state"]], after, rtol=0, atol=0)
+
+
+def test_optimizers_that_timm_lacks_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"optimizer\.name=lamp is no optimizer of timm; nearest: lamb"):
+        timm_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], name="lamp")
 
 
 def test_average_follows_weights_and_statistics_with_timms_warm_up():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
@@ -30,7 +31,7 @@ log = logging.getLogger("involution")
 # another value of one of these makes it another run
 DEFINING = (
     "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
-    "optimizer._target_",
+    "train.layer_decay", "optimizer._target_", "optimizer.name",
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     trainer = Trainer(
         model,
         setup.build(config),
-        build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay)),
+        build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay, o.layer_decay)),
         build_schedule(config.optimizer["lr"], total_steps, steps_per_epoch, **config.schedule),
         train_loader,
         setup.eval_loader(val, config.data, setup.EVAL_BATCH or o.batch_size, world),
@@ -167,8 +168,8 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
         return instantiate({**config, "_partial_": True})(groups)
-    except TypeError as error:
+    except (TypeError, InstantiationException) as error:
         raise UserError(
-            f"optimizer {config['_target_']}: {error}. The option comes from the command line or from a recipe "
+            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command line or from a recipe "
             "made for another optimizer"
         ) from error

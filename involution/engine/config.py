@@ -96,6 +96,7 @@ RANGES = {  # lowest and highest value; None: no limit
     "train.target_threshold": (0, 1),
     "train.clip_grad_norm": (0, None),
     "train.ema_decay": (0, 1),
+    "train.layer_decay": (0, 1),
     "train.max_steps": (1, None),
     "train.max_bad_steps": (1, None),
     "train.log_every_steps": (1, None),

@@ -16,7 +16,7 @@ from involution.engine.distributed import World, broadcast_buffers
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
 from involution.engine.guard import Guard
-from involution.engine.optim import Schedule, exponential_average, prepare
+from involution.engine.optim import Schedule, Update, exponential_average
 from involution.engine.options import TrainOptions
 from involution.engine.tasks import Batch, Task
 from involution.weights.run_file import State
@@ -31,7 +31,7 @@ class Learner:
     ) -> None:  # fmt: skip
         self.model, self.task, self.schedule = model, task, schedule
         self.options, self.world = options, world
-        self.optimizer = prepare(optimizer)
+        self.optimizer, self.update = optimizer, Update(optimizer)
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
         self.ema = exponential_average(model, options.ema_decay) if options.ema_decay else None
@@ -66,7 +66,7 @@ class Learner:
             skipped as not finite; both on the device.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule(step)
+            group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         totals = torch.zeros(1 + len(self.task.parts), device=self.world.device)
         for i, batch in enumerate(batches, 1):
             with nullcontext() if i == count or self.ddp is None else self.ddp.no_sync():
@@ -109,8 +109,7 @@ class Learner:
         if self.options.clip_grad_norm:
             clip_grads_with_norm_(self.parameters, self.options.clip_grad_norm, norm)
         bad = ~torch.isfinite(norm)  # of the gradients' sum over ranks, so all of them see the same
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        self.update(bad)
         self.optimizer.zero_grad()
         self.scaler.update()
         return bad

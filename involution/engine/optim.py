@@ -1,11 +1,12 @@
 """Parameter groups, learning-rate schedules (pure functions of the step) and the average of the weights."""
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -13,38 +14,108 @@ if TYPE_CHECKING:
 Schedule = Callable[[int], float]
 
 
-def parameter_groups(model: nn.Module, exclude_from_decay: str = "none") -> list[dict[str, Any]]:
-    """Split the parameters into those that weight decay shrinks and those that it leaves alone.
+def parameter_groups(
+    model: nn.Module, exclude_from_decay: str = "none", layer_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Split the parameters into those that weight decay shrinks and those that it leaves alone, and by depth.
 
     Args:
         exclude_from_decay: "none" decays everything, as the paper does; "norm_and_bias" spares every parameter with at
             most one dimension, which are exactly biases and the weights of normalisation layers.
+        layer_decay: the learning rate of a layer is that of the next one times this (Clark et al., 2020): "lr_scale"
+            in its groups. None: all have the same.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if exclude_from_decay == "none":
-        return [{"params": parameters}]
-    if exclude_from_decay != "norm_and_bias":
+    if exclude_from_decay not in ("none", "norm_and_bias"):
         raise ValueError(f"exclude_from_decay is {exclude_from_decay!r}; it should be 'none' or 'norm_and_bias'")
-    return [
-        {"params": [p for p in parameters if p.ndim > 1]},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    depths = {} if layer_decay is None else layers(model)
+    last = max(depths.values(), default=0)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        spared = exclude_from_decay == "norm_and_bias" and parameter.ndim <= 1
+        if parameter.requires_grad:
+            groups.setdefault((depths.get(name, last), spared), []).append(parameter)
+    found: list[dict[str, Any]] = []
+    for (depth, spared), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        scale = {} if layer_decay is None else {"lr_scale": layer_decay ** (last - depth)}
+        found.append({"params": parameters, **scale, **({"weight_decay": 0.0} if spared else {})})
+    return found
 
 
-def prepare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Check that the optimizer can skip a step on the device, and start its momentum from zero.
+def layers(model: nn.Module) -> dict[str, int]:
+    """{name of a parameter: depth of its layer}, the classifier's the largest: as a timm model says it, otherwise the
+    model's children in their order, and the blocks of those that are sequences."""
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
 
-    Fused optimizers read `found_inf` in their kernels, so a non-finite step costs no synchronisation. Fused SGD takes
-    its first gradient as the momentum; were that step skipped, the buffer would stay uninitialised memory.
+        return group_parameters(model, matcher(coarse=False), reverse=True)
+    prefixes: dict[str, int] = {}
+    found = {}
+    for name, _ in model.named_parameters():
+        first, second, *_ = [*name.split("."), ""]
+        prefix = f"{first}.{second}" if second.isdigit() else first
+        found[name] = prefixes.setdefault(prefix, len(prefixes))
+    return found
+
+
+def timm_optimizer(groups: list[dict[str, Any]], *, name: str, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of timm by its name there.
+
+    Raises:
+        ValueError: it has none of that name; with the nearest ones.
     """
-    if not optimizer.defaults.get("fused"):
-        name = type(optimizer).__name__
-        raise ValueError(f"optimizer {name} is not fused; set optimizer.fused=true (SGD, Adam, AdamW and Adagrad can)")
-    if optimizer.defaults.get("momentum"):
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    from timm.optim import create_optimizer_v2, list_optimizers
+
+    known = [str(one) for one in list_optimizers()]
+    if name not in known:
+        near = ", ".join(difflib.get_close_matches(name, known)) or "timm.optim.list_optimizers()"
+        raise ValueError(f"optimizer.name={name} is no optimizer of timm; nearest: {near}")
+    return create_optimizer_v2(groups, name, **options)  # type: ignore[arg-type]
+
+
+class Update:
+    """An optimizer's step, which leaves everything as it was where `bad` says so.
+
+    Fused optimizers read `found_inf` in their kernels, so a step that is not finite costs no synchronisation. Fused SGD
+    takes its first gradient as the momentum; were that step skipped, the buffer would stay uninitialised memory, so
+    momentum starts from zero. Of other optimizers the weights and the state are put back on the device; only numbers
+    that they keep on the CPU, such as the count of steps, go on counting. On the CPU the step is not taken at all.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.fused = bool(optimizer.defaults.get("fused"))
+        if self.fused and optimizer.defaults.get("momentum"):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def __call__(self, bad: Tensor) -> None:
+        """Step unless `bad` (a bool on the device)."""
+        if self.fused:
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bad.device.type == "cpu" or not self.optimizer.state:  # a first step makes state, so it has to be known
+            if not bad:
+                self.optimizer.step()
+        else:
+            self.masked(bad)
+
+    def masked(self, bad: Tensor) -> None:
+        """Step, and put back what there was before if `bad`: copies of whole types of tensors, no waiting."""
+        device = bad.device
+        changed = [p for group in self.optimizer.param_groups for p in group["params"]]
+        changed += [v for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+        by_type: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in changed:
+            if tensor.device == device:
+                by_type.setdefault(tensor.dtype, []).append(tensor.detach())
+        before = {dtype: torch.cat([t.flatten() for t in tensors]) for dtype, tensors in by_type.items()}
+        self.optimizer.step()
+        for dtype, tensors in by_type.items():
+            kept = torch.where(bad, before[dtype], torch.cat([t.flatten() for t in tensors]))
+            parts = kept.split([t.numel() for t in tensors])
+            torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(parts, tensors, strict=True)])
 
 
 def warmup(schedule: Schedule, steps: int, start: float) -> Schedule:

@@ -28,6 +28,7 @@ class TrainOptions:
     clip_grad_norm: float | None = MISSING
     ema_decay: float | None = MISSING
     exclude_from_decay: str = MISSING
+    layer_decay: float | None = MISSING
     freeze: Any = MISSING  # a number or a list of names
     resume: str = MISSING
     max_steps: int | None = MISSING
