@@ -8,26 +8,27 @@ Shape legend: B batch, C channels, G groups (heads), D channels a head, K kernel
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
 from involution.ops import neighbourhood_product
 
 
 def window_softmax(scores: Tensor, height: int, width: int, stride: int = 1, dilation: int = 1) -> Tensor:
     """Softmax over the taps of each window, those outside the H x W image left out: (B, G, K, K, Ho, Wo), the same."""
-    size, _, *out = scores.shape[2:]
-    rows, columns = (
-        _outside(count, side, size, stride, dilation, scores.device)
-        for count, side in zip(out, (height, width), strict=True)
-    )
+    if has_torch_function((scores,)):  # torch.fx writes the call down: it cannot make masks of a size it does not know
+        return handle_torch_function(window_softmax, (scores,), scores, height, width, stride, dilation)
+    size = scores.shape[2]
+    rows, columns = (_outside(side, size, stride, dilation, scores.device) for side in (height, width))
     outside = rows[:, None, None, :, None] | columns[:, None, None, :]  # (Ho, Wo, 1, K, K)
     taps = scores.permute(0, 4, 5, 1, 2, 3).masked_fill(outside, float("-inf"))
     return taps.flatten(4).softmax(4).unflatten(4, (size, size)).permute(0, 3, 4, 5, 1, 2)
 
 
-def _outside(count: int, side: int, size: int, stride: int, dilation: int, device: torch.device) -> Tensor:
-    """(count, K): whether tap v of window j lies outside 0 ... side - 1, along one axis."""
+def _outside(side: int, size: int, stride: int, dilation: int, device: torch.device) -> Tensor:
+    """(windows, K): whether tap v of window j lies outside 0 ... side - 1, along one axis."""
     taps = dilation * (torch.arange(size, device=device) - size // 2)
-    place = stride * torch.arange(count, device=device)[:, None] + taps
+    # windows from the image's size: ONNX's older exporter takes those of computed tensors for constants
+    place = torch.arange(0, side, stride, device=device)[:, None] + taps
     return (place < 0) | (place >= side)
 
 

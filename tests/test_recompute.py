@@ -94,6 +94,19 @@ def test_gradients_are_those_of_the_forward_that_was_run(network, layout, mode):
     torch.testing.assert_close(torch.autograd.grad(loss, others.values()), tuple(expected), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("change", [lambda t: t.double(), lambda t: t[:1]], ids=["type", "size"])
+def test_other_data_in_a_parameter_is_an_error(change):
+    """As ``model.double()`` between forward and backward puts there: C++ would read past its end."""
+    for name in ("0.weight", "2.kernel_generation.reduce.weight", "2.kernel_generation.norm.bias", "3.weight"):
+        x, modules = layers()
+        network = nn.Sequential(*modules)
+        loss = sequence(x, *network).sum()
+        parameter = network.get_parameter(name)
+        parameter.data = change(parameter.data)
+        with pytest.raises(RuntimeError, match="another type, size or device than in the forward"):
+            loss.backward()
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_activation_checkpointing_of_a_block(layout):
     torch.manual_seed(0)

@@ -169,20 +169,6 @@ def test_impossible_pooling_is_refused(options, message):
         timm.create_model("rednet26", **options)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("build", [involution.create_model, timm.create_model])
-def test_traced_at_any_batch_and_size_but_not_scripted(build):
-    torch.manual_seed(0)
-    model = fitted(build("rednet26", num_classes=3))
-    images = torch.randn(3, 3, 70, 58)
-    with torch.no_grad():
-        program = torch.jit.trace(model, torch.randn(2, 3, 64, 64))
-        torch.testing.assert_close(program(images), model(images))
-    for unit in (model, involution.fold(model), torch.nn.Sequential(involution.Involution2d(16))):
-        with pytest.raises(NotImplementedError, match=r"cannot be scripted; torch\.export"):
-            torch.jit.script(unit)
-
-
 def test_symbolic_tracing_keeps_the_layer_whole():
     """As timm's tests of torch.fx do: forward, backward, features."""
     from timm.models import get_notrace_functions, get_notrace_modules

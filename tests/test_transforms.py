@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
 
 from involution import Involution2d, fold
+from involution.sequence import sequence
 
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -62,6 +63,24 @@ def test_second_derivatives(model, layout):
     gradient = grad(f)
     numeric = (gradient(x + step) - gradient(x - step)).detach() / 2e-6
     torch.testing.assert_close(by_hand[(..., *column)], numeric, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_several_gradients_at_once(layout):
+    """As ``torch.autograd.functional.jacobian(vectorize=True)`` and vmap over ``torch.autograd.grad`` ask for them."""
+    torch.manual_seed(0)
+    layers = nn.BatchNorm2d(16), nn.ReLU(), Involution2d(16, 3), nn.BatchNorm2d(16), nn.ReLU()
+    network, x = nn.Sequential(*layers).double(), image(layout, 2, 16, 3, 3).requires_grad_()
+    out = sequence(x, *network).square().sum((0, 2, 3))
+    weights = [x, *network.parameters()]
+    each = [torch.autograd.grad(one, weights, retain_graph=True) for one in out]
+    unit = torch.eye(16, dtype=torch.float64)
+    together = (
+        torch.autograd.grad(out, weights, unit, is_grads_batched=True, retain_graph=True),
+        vmap(lambda g: torch.autograd.grad(out, weights, g, retain_graph=True))(unit),
+    )
+    for found in together:
+        torch.testing.assert_close(list(found), [torch.stack(g) for g in zip(*each, strict=True)])
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -52,7 +52,7 @@ class LocalRelation(NotTraced, nn.Module):
         window = {"stride": self.stride, "dilation": self.dilation}
         scores = neighbourhood_product(self.query(x), self.key(x), self.kernel_size, groups=self.groups, **window)
         scores = scores + self.prior()[:, :, :, None, None]
-        return window_softmax(scores, *x.shape[2:], **window)
+        return window_softmax(scores, x.shape[2], x.shape[3], **window)
 
     def prior(self) -> Tensor:
         """g, (G, K, K): of each tap's offset, to the right and up, in pixels; the same for all pixels and images."""

@@ -127,13 +127,13 @@ class _NormReLU(torch.autograd.Function):
     ) -> Tensor:
         out, coefficients = forward(x, weight, bias, mean, var, problem, skip)
         ctx.problem = problem
-        ctx.save_for_backward(x, weight, bias, coefficients, None if skip is None else out)
+        differentiable.keep(ctx, x, weight, bias, coefficients, None if skip is None else out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, coefficients, out = ctx.saved_tensors
-        if not differentiable.again():
+        x, weight, bias, coefficients, out = differentiable.kept(ctx)
+        if not differentiable.again(grad):
             return (*backward(grad, x, weight, bias, coefficients, ctx.problem, out), None, None, None)
         grad = grad * ((remake(x, coefficients) if out is None else out) > 0)
         function = partial(again, coefficients=coefficients, problem=ctx.problem)

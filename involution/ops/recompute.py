@@ -143,16 +143,16 @@ class _Layer(torch.autograd.Function):
     ) -> Tensor:
         seen, coefficients = (x, None) if problem is None else norm.forward(x, weight, bias, *statistics, problem)
         out, kept = options.forward(seen, *operands, *step_statistics)
-        ctx.save_for_backward(x, weight, bias, coefficients, *operands, *kept)
+        differentiable.keep(ctx, x, weight, bias, coefficients, *operands, *kept)
         ctx.problem, ctx.options, ctx.operands = problem, options, len(operands)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, coefficients, *rest = ctx.saved_tensors
+        x, weight, bias, coefficients, *rest = differentiable.kept(ctx)
         operands, kept = rest[: ctx.operands], tuple(rest[ctx.operands :])
         nothing = None, None, None, None  # statistics, problem, options, the step's statistics
-        if differentiable.again():
+        if differentiable.again(grad):
 
             def function(x: Tensor, weight: Tensor, bias: Tensor, *operands: Tensor) -> Tensor:
                 seen = x if coefficients is None else norm.again(x, weight, bias, coefficients, ctx.problem).relu()

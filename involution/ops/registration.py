@@ -102,7 +102,7 @@ def _span_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _span_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    if differentiable.again():
+    if differentiable.again(grad):
         function = partial(differentiable.span_involution2d, options=ctx.options)
         return (*differentiable.gradients(function, grad, *ctx.saved_tensors), None, None, None, None)
     grads = torch.ops.involution.span_involution2d_backward(grad, *ctx.saved_tensors, *ctx.options)
