@@ -70,10 +70,10 @@ def grad_weight_rows(tile: Tile, a: dict[str, Any]) -> int:
     """Rows of taps a program: two share most input rows (in L1), more take minutes to compile.
 
     One where a thread holds 8 channels of a run beside the widest sums: two would spill before sm_90 (256 x 14 x 14,
-    288 bytes), and gain nothing there.
+    288 bytes), and gain nothing there. One for groups of a channel, too, which threads share: each has all products.
     """
     channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-    return 1 if a["K"] == 1 or (channels >= 8 and tile.GB * a["RP"] >= 256) else 2
+    return 1 if 1 in (a["K"], a["BC"]) or (channels >= 8 and tile.GB * a["RP"] >= 256) else 2
 
 
 def _power(value: int) -> int:
