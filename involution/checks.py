@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import NoReturn
 
 
@@ -20,6 +20,13 @@ def check_odd(**values: int) -> None:
     for name, value in values.items():
         if value % 2 == 0:
             raise ValueError(f"{name} is {value}; it should be odd, for the window to have a centre")
+
+
+def check_share(**values: float) -> None:
+    """Raise ValueError unless every value is a number from 0 to below 1."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
+            raise ValueError(f"{name} is {value!r}; it should be a number from 0 to below 1")
 
 
 def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from involution.layers import Involution2d
 
-ELEMENTWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+ELEMENTWISE = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 COUNTED = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d, Involution2d, *ELEMENTWISE)
 
 #: layer, its input, its output -> (multiply-adds, element-wise operations) of a call
@@ -106,7 +106,7 @@ def layer_cost(module: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int]:
 def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), cost: Cost = layer_cost) -> Complexity:
     """Count what ``model`` (on any device, in any mode; it is left unchanged) costs for one image (C, H, W)."""
     result = Complexity(input_size)
-    hooks, modes = [], {module: module.training for module in model.modules()}
+    hooks = []
     whole = [(type(model).__name__, model)]
     for name, child in whole if isinstance(model, COUNTED) else model.named_children():
         parameters = list(child.parameters())
@@ -116,17 +116,25 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), co
         hooks.append(child.register_forward_hook(_record_output(part)))
         layers = [m for m in child.modules() if _counts(m)]
         hooks += [layer.register_forward_hook(_add_cost(part, cost)) for layer in layers]
+    try:
+        run_on_meta(model, input_size)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return result
+
+
+def run_on_meta(model: nn.Module, input_size: tuple[int, int, int]) -> object:
+    """The model's output for one image (C, H, W) in evaluation, shapes without numbers; the model is left unchanged."""
+    modes = {module: module.training for module in model.modules()}
     runs = _Fixed(model) if hasattr(model, "forward_fixed") else model
     meta = {k: v.detach().to("meta") for k, v in [*runs.named_parameters(), *runs.named_buffers()]}
     try:
         with torch.no_grad():
-            torch.func.functional_call(runs.eval(), meta, torch.empty(1, *input_size, device="meta"))
+            return torch.func.functional_call(runs.eval(), meta, torch.empty(1, *input_size, device="meta"))
     finally:
-        for hook in hooks:
-            hook.remove()
         for module, training in modes.items():
             module.training = training
-    return result
 
 
 def _counts(module: nn.Module) -> bool:

@@ -15,7 +15,8 @@ from torch.export import Dim, ExportedProgram
 
 from involution.checks import printable
 from involution.complexity import count
-from involution.loading import IMAGENET
+from involution.loading import IMAGENET, input_channels
+from involution.models import StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
 from involution.models.san import SAN
 from involution.models.standalone import StandAloneResNet
@@ -32,7 +33,7 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
     """``model`` in evaluation as a ``torch.export`` program of standard operators; the model's mode stays as it is.
 
     With ``size`` its images have that many pixels a side. Stand-Alone, SAN and Axial networks take no other program:
-    they cut images into blocks or ask whether they are large enough.
+    they cut images into blocks or ask whether they are large enough. So do many of timm's.
 
     Raises:
         ValueError: such a network without a size.
@@ -40,11 +41,11 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
     if size is None and isinstance(model, (SAN, StandAloneResNet, AxialResNet)):
         raise ValueError(f"{type(model).__name__} is exported for images of one size only; say which (size=224)")
     training = model.training
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    first = next(model.parameters())
     # Sizes that stay odd at every halving: where rounding up makes no difference to the example, Inductor (2.15) drops
     # the pooling's border handling for good, and the package would read out of bounds at other sizes
     sides = (97, 129) if size is None else (size, size)
-    example = torch.randn(2, first.in_channels, *sides, device=first.weight.device, dtype=first.weight.dtype)
+    example = torch.randn(2, input_channels(model), *sides, device=first.device, dtype=first.dtype)
     shapes = {0: Dim("batch", min=1, max=MAX_BATCH)}
     if size is None:
         shapes |= {i: Dim(name, min=MIN_SIZE, max=MAX_SIZE) for i, name in ((2, "height"), (3, "width"))}
@@ -55,6 +56,12 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
             dynamic_shapes=(shapes,),
             prefer_deferred_runtime_asserts_over_guards=True,  # 2 * (n // 2) <= n and the like, which it cannot prove
         )
+    except Exception as error:
+        if size is None and not isinstance(model, StagedNetwork):
+            raise ValueError(
+                f"{type(model).__name__} is exported for images of one size only; say which (size=224)"
+            ) from error
+        raise
     finally:
         model.train(training)
 
@@ -94,17 +101,19 @@ def save_safetensors(
     class_names: Sequence[str] = (),
     note: str = "",
     preparation: Mapping[str, Any] = IMAGENET,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``model.safetensors`` and a model card ``README.md`` into ``folder``, as the Hugging Face Hub expects them.
 
     Names and preparation are in the file too, for ``involution.load``.
 
     Args:
-        model: one of ours.
+        model: made by ``create_model``.
         folder: made if need be.
         class_names: in the order of the classifier's outputs.
         note: a paragraph for the card: training data, recipe, accuracy.
         preparation: of pictures: val_size, val_resize, mean, std.
+        arguments: of ``create_model`` for it; None: read off the tensors' shapes, which tell nothing of timm's models.
 
     Raises:
         ValueError: safetensors is not installed, or the names are not as many as the classes.
@@ -114,18 +123,25 @@ def save_safetensors(
     except ImportError as error:
         raise ValueError("this needs safetensors: pip install safetensors") from error
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    name, options = describe(state)
+    name, options = describe(state) if arguments is None else _named(arguments)
     if class_names and len(class_names) != options["num_classes"]:
         raise ValueError(f"class_names has {len(class_names)} names; the model has {options['num_classes']} classes")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     preparation = {key: preparation[key] for key in IMAGENET}
-    notes = {"preparation": json.dumps(preparation)} | (
-        {"class_names": json.dumps(list(class_names))} if class_names else {}
-    )
+    notes = {"preparation": json.dumps(preparation)}
+    if class_names:
+        notes["class_names"] = json.dumps(list(class_names))
+    if arguments is not None:
+        notes["arguments"] = json.dumps({"name": name} | options)
     save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name, **notes})
     card = _model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+
+
+def _named(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    options = without_weights(arguments)
+    return options.pop("name"), options
 
 
 def _model_card(
@@ -137,15 +153,16 @@ def _model_card(
     preparation: Mapping[str, Any],
 ) -> str:
     side, resize, mean, std = preparation.values()
+    tags = "timm" if "library" in options else "involution, rednet"
+    licence = "" if "library" in options else "\nlicense: mit"
     measured = count(model, (options["in_chans"], side, side))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     classes = "".join(f"{i}. {class_name}\n" for i, class_name in enumerate(class_names))
     listing = f"\nClasses, counted from 0:\n\n{classes}" if class_names else ""
-    return f"""---
-license: mit
+    return f"""---{licence}
 library_name: involution
 pipeline_tag: image-classification
-tags: [image-classification, involution, rednet]
+tags: [image-classification, {tags}]
 ---
 # {name}
 
@@ -154,7 +171,7 @@ tags: [image-classification, involution, rednet]
 - Parameters {measured.params / 1e6:.3f} M, FLOPs {measured.flops / 1e9:.2f} G at {side} pixels, counted as in the paper
 - Images: RGB, short side to {resize}, centre crop {side}, scaled to 0..1, normalised with mean {tuple(mean)} and
   deviation {tuple(std)}
-- Paper: Involution: Inverting the Inherence of Convolution for Visual Recognition, https://arxiv.org/abs/2103.06255
+- Made with: Involution: Inverting the Inherence of Convolution for Visual Recognition, https://arxiv.org/abs/2103.06255
 
 ```python
 import involution

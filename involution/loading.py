@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from involution.models import StagedNetwork, model_of
+from involution.models import StagedNetwork, from_timm, model_of
 from involution.weights import open_weights
 
 if TYPE_CHECKING:
@@ -29,7 +29,12 @@ class Opened(NamedTuple):
     model: StagedNetwork
     class_names: list[str] | None  # None where the file does not tell
     data: dict[str, Any]  # the run's `data` configuration, or its values in IMAGENET's keys alone, or {}
-    name: str  # of `create_model`
+    arguments: dict[str, Any]  # of `create_model`
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+        return self.arguments["name"]
 
 
 class Classifier(NamedTuple):
@@ -76,27 +81,31 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
 
 def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparation: Any) -> Classifier:
     """An opened checkpoint ready for use; arguments as in ``load``."""
-    model, names, data, _ = opened
+    model, names, data, arguments = opened
     told = {key: data.get(key, default) for key, default in (GRAY if input_channels(model) == 1 else IMAGENET).items()}
+    told |= preparation
+    if "library" in arguments:
+        from_timm.check_sizes(model, arguments, [told["val_size"]])
     model = model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     names = _readable(names) if names else _unnamed(model.num_classes)
     names += [str(i) for i in range(len(names), model.num_classes)]  # model.num_classes may exceed the data set's
-    return Classifier(model.eval(), evaluation_transform(**told | preparation), tuple(names))
+    return Classifier(model.eval(), evaluation_transform(**told), tuple(names))
 
 
 def open_checkpoint(location: str | Path) -> Opened:
     """Everything in a checkpoint that outlives training; arguments and errors as in ``load``."""
     weights = open_weights(location)
-    model, name = model_of(weights)
+    model, arguments = model_of(weights)
     names = weights.class_names
     if weights.model is None and names and len(names) != model.num_classes:
         raise ValueError(f"{location} names {len(names)} classes, but its classifier has {model.num_classes}")
-    return Opened(model, names, weights.data, name)
+    return Opened(model, names, weights.data, arguments)
 
 
 def input_channels(model: torch.nn.Module) -> int:
-    """The channels of the pictures that a model takes: those of its first convolution."""
-    return next(module.in_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    """The channels of the pictures that a model takes: those of its first convolution where it does not tell."""
+    told = getattr(model, "in_chans", None)
+    return told or next(module.in_channels for module in model.modules() if isinstance(module, torch.nn.Conv2d))
 
 
 def evaluation_transform(

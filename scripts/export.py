@@ -38,10 +38,11 @@ def main() -> int:
     try:
         if not arguments.out.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {arguments.out.parent} to write to")
-        model, class_names, data, _ = open_checkpoint(arguments.checkpoint)
+        model, class_names, data, made_by = open_checkpoint(arguments.checkpoint)
         model.to(torch.device(arguments.device)).eval()
         if arguments.format == "safetensors":
-            export.save_safetensors(model, arguments.out, class_names or (), preparation=export.IMAGENET | data)
+            preparation = export.IMAGENET | data
+            export.save_safetensors(model, arguments.out, class_names or (), preparation=preparation, arguments=made_by)
         else:
             WRITERS[arguments.format](model, arguments.out, arguments.size)
     except (ValueError, RuntimeError) as error:

@@ -41,7 +41,8 @@ RECIPES = {
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
 def test_every_option_composes(option):
-    found = config(*filter(None, [RECIPES.get(option), option]), "checkpoint=WEIGHTS")
+    needed = ["checkpoint=WEIGHTS", *(["model.name=resnet10t"] if option == "model=timm" else [])]
+    found = config(*filter(None, [RECIPES.get(option), option]), *needed)
     with torch.device("meta"):
         create_model(**found.model | {"num_classes": 10})
 
@@ -51,7 +52,7 @@ def test_the_default_is_the_paper():
     assert found.model == {
         "name": "rednet50", "num_classes": None, "kernel_size": 7, "group_channels": 16, "reduction_ratio": 4,
         "kernel_generation": "bottleneck", "kernel_activation": None, "stem": "involution", "stem_kernel_size": 3,
-        "zero_init_residual": True, "in_chans": 3,
+        "zero_init_residual": True, "in_chans": 3, "drop_path_rate": 0.0, "drop_rate": 0.0, "global_pool": "avg",
     }  # fmt: skip
     assert found.train.epochs == 130
     assert found.train.global_batch_size == 64 * found.train.batch_size == 64 * 32

@@ -46,8 +46,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if o.sync_batchnorm is True and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
     setup = check_data(config.model["name"], config.data.name)
-    setup.check(config, world)
     check_model(config.model)
+    setup.check(config, world)
     boards.check(config.logging)
     train, val = setup.open_dataset(config.data)
     if not len(train):
@@ -68,7 +68,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     use_tf32(o.tf32)
     model: Any = create_model(**config.model if state is None else without_weights(config.model))
     if config.checkpoint is not None and state is None:
-        start_from(model, config.checkpoint, config.data, train.class_names)
+        start_from(model, config.model, config.checkpoint, config.data, train.class_names)
     if o.freeze is not None:
         freeze(model, o.freeze)
     if world.is_main:
@@ -77,6 +77,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     model = to_device(model, world.device, o.channels_last)
     if o.batchnorm_size is not None:
         use_ghost_batches(model, o.batchnorm_size)
+    torch.manual_seed(config.seed + world.rank)  # dropout and stochastic depth of every rank's own
     if synchronised(o.sync_batchnorm, world):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     train_loader = setup.train_loader(train, config, world)

@@ -16,6 +16,7 @@ from data.decode import MAX_PIXELS
 from involution.engine import augmentation
 from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
+from involution.models import from_timm
 
 
 @dataclass
@@ -125,7 +126,10 @@ RANGES = {  # lowest and highest value; None: no limit
     "seed": (0, 2**32 - 1),
 }
 # what keys mean that earlier configurations lack
-LATER = {"model.in_chans": 3, "train.loss": "cross_entropy", **augmentation.OFF}
+LATER = {
+    "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
+    "train.loss": "cross_entropy", **augmentation.OFF,
+}  # fmt: skip
 
 
 def _first(text: str, table: dict[str, Any]) -> Any:
@@ -133,7 +137,20 @@ def _first(text: str, table: dict[str, Any]) -> Any:
     return next((value for key, value in table.items() if key != "else" and key in text), table["else"])
 
 
+def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
+    """${own:KEY,DEFAULT} in YAML: how a model of timm wants its pictures prepared; the default for our models."""
+    model = _root_.get("model")
+    if not model or model.get("library") is None:
+        return default
+    arguments: Any = OmegaConf.to_container(model)
+    try:
+        return from_timm.preparation(**arguments, val_size=_root_.data.val_size if key == "val_resize" else None)[key]
+    except (ValueError, TypeError):  # an unknown name or argument, which create_model explains
+        return default
+
+
 OmegaConf.register_new_resolver("first", _first, replace=True)
+OmegaConf.register_new_resolver("own", _own, replace=True)
 
 
 def validate(config: DictConfig, schema: type) -> Any:
@@ -160,7 +177,7 @@ def validate(config: DictConfig, schema: type) -> Any:
             )
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
-    for key in ("name", "checkpoint"):  # recipe=finetune has no weights of its own to start from
+    for key in ("model.name", "name", "checkpoint"):  # recipe=finetune has no weights of its own to start from
         if OmegaConf.select(typed, key) == "":
             raise UserError(f"{key} is not set; give it as {key}={'PATH' if key == 'checkpoint' else 'NAME'}")
     if schema is TrainConfig and "mean" in typed.data:  # detectors normalise by themselves

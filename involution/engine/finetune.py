@@ -4,33 +4,39 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from involution.engine.config import DataConfig, differences
 from involution.engine.errors import UserError
-from involution.loading import open_checkpoint
-from involution.models import StagedNetwork
-from involution.weights import classifier_of, describe, load_into
+from involution.models import StagedNetwork, from_timm, model_of
+from involution.weights import classifier_of, describe, load_into, open_weights
 
 log = logging.getLogger("involution")
 
 
-def start_from(model: StagedNetwork, checkpoint: str, data: DataConfig, class_names: Sequence[str]) -> None:
+def start_from(
+    model: nn.Module, arguments: dict[str, Any], checkpoint: str, data: DataConfig, class_names: Sequence[str]
+) -> None:
     """Load a checkpoint's weights into a fresh model; a classifier for other classes, in number or name, stays fresh.
 
     Args:
+        arguments: of ``create_model`` for it.
         class_names: of the data set. Where the checkpoint does not tell its own, as many classes are the same classes.
 
     Raises:
         ValueError: the file cannot be used, or is of another model; the message has the differing keys and options.
     """
-    model_there, names, data_there, _ = open_checkpoint(checkpoint)
-    weights = model_there.state_dict()
+    opened, head = open_weights(checkpoint), classifier_of(model)
+    names, data_there = opened.class_names, opened.data
     log.info("starting from the weights of %s", checkpoint)
-    as_many = model.num_classes == model_there.num_classes
+    weights = (
+        from_timm.translated(model, opened.tensors) if "library" in arguments else model_of(opened)[0].state_dict()
+    )
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+    as_many = all(key in weights and weights[key].shape == value.shape for key, value in own.items())
     other_classes = as_many and names is not None and list(names) != list(class_names)
     if other_classes:
-        weights |= {key: value for key, value in model.state_dict().items() if key.startswith(classifier_of(model))}
+        weights |= own
     try:
         load_into(model, weights)  # says so where the number of classes is another
     except ValueError as error:
@@ -68,13 +74,14 @@ def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
 
 
 def freeze(model: StagedNetwork, stages: int | str | Sequence[str]) -> None:
-    """Freeze `train.freeze` in the model.
+    """Freeze `train.freeze` in the model, which ours take by stages, timm's by their modules' names.
 
     Raises:
         UserError: for a part that does not exist, or when nothing is left to train.
     """
     try:
-        model.freeze([stages] if isinstance(stages, str) else stages)
+        wanted = [stages] if isinstance(stages, str) else stages
+        model.freeze(wanted) if isinstance(model, StagedNetwork) else from_timm.freeze(model, wanted)
     except (ValueError, TypeError) as error:
         raise UserError(f"train.freeze={stages}: {error}") from error
     left = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -12,6 +12,7 @@ from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.tasks import Evaluation, Setup, check_data
 from involution.loading import Opened, input_channels, open_checkpoint
+from involution.models import from_timm
 
 EVAL_BATCH = 64
 
@@ -41,6 +42,8 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
     d = _data(opened, setup, config, overrides)
     if hasattr(d, "mean"):  # detectors normalise by themselves
         check_channels(input_channels(opened.model), d.mean, d.std)
+    if "library" in opened.arguments:
+        from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
     _, val = setup.open_dataset(d)
     _check_classes(opened, val.class_names, config.checkpoint)
     loader = setup.eval_loader(val, d, config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, world)

@@ -6,10 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from involution.checks import unknown_name
-from involution.models import aa, axial, lrnet, rednet, resnet, san, standalone
+from involution.models import aa, axial, from_timm, lrnet, rednet, resnet, san, standalone
 from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
@@ -45,6 +45,7 @@ def create_model(
     num_classes: int | None = None,
     pretrained: str | Path | bool | None = None,
     pretrained_sha256: str | None = None,
+    library: str | None = None,
     **options: Any,
 ) -> Any:
     """A model, freshly initialised or with weights from a file.
@@ -57,27 +58,38 @@ def create_model(
             released, Paddle's, safetensors. A classifier for another number of classes is left out. Downloads are kept
             in the cache folder.
         pretrained_sha256: the SHA-256 of that file or the beginning of it; a mismatch is an error.
+        library: "timm" for its models in place of ours; their arguments are ``from_timm.create``'s.
         options: of ``RedNet``, ``ResNet`` or a class of ``involution.dense``, e.g. ``kernel_size=5``.
 
     Raises:
         ValueError: an unknown name or option (the message has the nearest valid one), an impossible value, or weights
             that cannot be had or are of another model.
     """
-    if name not in (*MODELS, *DENSE):
-        raise ValueError(unknown_name("model", name, (*MODELS, *DENSE)))
-    valid = model_options(name)
+    if library not in (None, "timm"):
+        raise ValueError(f'library is {library!r}; it should be "timm", or None for the models of this project')
+    if library is None and name not in (*MODELS, *DENSE):
+        raise ValueError(f'{unknown_name("model", name, (*MODELS, *DENSE))}; library="timm" takes timm\'s')
+    valid = from_timm.OPTIONS if library else model_options(name)
     for option in options:
         if option not in valid:
             raise ValueError(unknown_name(f"option of {name}", option, valid))
     if num_classes is not None:
         options["num_classes"] = num_classes
     if pretrained is True:
-        if name not in PUBLISHED:
+        if library or name not in PUBLISHED:
             raise ValueError(f"nobody has published weights of {name}; there are some of {', '.join(PUBLISHED)}")
         pretrained = name
-    model = _dense(name)(**options) if name in DENSE else MODELS[name](**options)
-    if pretrained:
-        _load(model, name, open_weights(pretrained, pretrained_sha256))
+    convert = options.pop("convert", False)
+    maker = partial(from_timm.create, name) if library else _dense(name) if name in DENSE else MODELS[name]
+    model = maker(**options)
+    weights = open_weights(pretrained, pretrained_sha256) if pretrained else None
+    converted = weights is not None and any(".kernel_generation." in key for key in weights.tensors)
+    if convert and converted:
+        from_timm.convert(model, convert)
+    if weights is not None:
+        fill(model, name, weights, library)
+    if convert and not converted:  # what has been read stays, the involutions start afresh
+        from_timm.convert(model, convert)
     return model
 
 
@@ -94,20 +106,24 @@ def load_model(location: str | Path, sha256: str | None = None) -> StagedNetwork
     return model_of(open_weights(location, sha256))[0]
 
 
-def model_of(weights: Weights) -> tuple[StagedNetwork, str]:
-    """The model that weights are of, with them, and its name.
+def model_of(weights: Weights) -> tuple[StagedNetwork, dict[str, Any]]:
+    """The model that weights are of, with them, and its arguments of ``create_model``.
 
     Raises:
         ValueError: they are those of no model of ours.
     """
     options = without_weights(weights.describe())
     model = create_model(**options)
-    _load(model, options["name"], weights)
-    return model, options["name"]
+    fill(model, options["name"], weights, options.get("library"))
+    return model, options
 
 
-def _load(model: StagedNetwork, name: str, weights: Weights) -> None:
-    load_into(model, tensors_for(name, weights))
+def fill(model: nn.Module, name: str, weights: Weights, library: str | None = None) -> None:
+    """Load weights into a model made by ``create_model`` with this name and library; errors as in ``load_into``."""
+    if library:
+        load_into(model, from_timm.translated(model, weights.tensors))
+    else:
+        load_into(model, tensors_for(name, weights))
 
 
 def tensors_for(name: str, weights: Weights) -> dict[str, Tensor]:

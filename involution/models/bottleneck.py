@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from involution.checks import check_positive
+from involution.checks import check_positive, check_share
 from involution.models.staged import StagedNetwork
 from involution.sequence import norm_relu, sequence
 
@@ -62,14 +62,23 @@ class Bottleneck(nn.Module):
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
             )
         self.act3 = nn.ReLU(inplace=True)
+        self.drop_path_rate = 0.0  # share of the samples that a training step leaves without the branch
 
     def forward(self, x: Tensor) -> Tensor:
         branch = sequence(x, self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.act2, self.conv3)
+        if self.training and self.drop_path_rate:
+            return self.act3(drop_path(self.bn3(branch), self.drop_path_rate) + self.downsample(x))
         return norm_relu(branch, self.bn3, self.act3, skip=self.downsample(x))
 
 
+def drop_path(branch: Tensor, rate: float) -> Tensor:
+    """Stochastic depth (Huang et al., 2016): zero for a random share of the samples, more for the others."""
+    kept = branch.new_empty(branch.shape[0], 1, 1, 1).bernoulli_(1 - rate)
+    return branch * (kept / (1 - rate))
+
+
 class BottleneckNetwork(StagedNetwork):
-    """Stem, max pooling, four stages of bottlenecks, average pooling, linear classifier.
+    """Stem, max pooling, four stages of bottlenecks, global pooling, linear classifier.
 
     Args:
         stem: maps images to 64 channels at half their resolution.
@@ -79,6 +88,9 @@ class BottleneckNetwork(StagedNetwork):
         output_stride: 32, 16 or 8. Below 32 the last stages keep their resolution and dilate instead.
         zero_init_residual: start the last BatchNorm of every residual branch at 0, so that each block is the identity
             at first. The released configuration does so; the paper's text does not say.
+        drop_path_rate: of stochastic depth in the last block, in the ones before it in proportion; the first has none.
+        drop_rate: of dropout in front of the classifier.
+        global_pool: "avg", "max", "avgmax" (their mean), "" for none.
 
     ``feature_info`` lists the five levels of a feature pyramid: module name, channels and stride.
     """
@@ -91,8 +103,12 @@ class BottleneckNetwork(StagedNetwork):
         num_classes: int = 1000,
         output_stride: int = 32,
         zero_init_residual: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         super().__init__()
+        check_share(drop_path_rate=drop_path_rate)
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride is {output_stride!r}; it should be 8, 16 or 32")
         self.stem = stem
@@ -110,7 +126,10 @@ class BottleneckNetwork(StagedNetwork):
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
             self.feature_info.append({"module": f"layer{i + 1}", "num_chs": in_channels, "reduction": net_stride})
         self.num_features = in_channels
-        self.add_classifier(num_classes)
+        self.add_classifier(num_classes, global_pool, drop_rate)
+        every = [block for block in self.modules() if isinstance(block, Bottleneck)]
+        for i, each in enumerate(every):
+            each.drop_path_rate = drop_path_rate * i / max(len(every) - 1, 1)
         self._init_weights(zero_init_residual)
 
     def _init_weights(self, zero_init_residual: bool) -> None:

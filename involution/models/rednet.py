@@ -51,7 +51,7 @@ class RedNet(BottleneckNetwork):
         kernel_activation: None, "softmax" or "sigmoid" (Section 5.2), in trunk and stem.
         stem: "involution" (default) or "convolution", ResNet's 7x7 of stride 2 (Table 6's ablations).
         stem_kernel_size: of the stem's involution; the paper takes 7 for dense prediction.
-        output_stride, zero_init_residual: see ``BottleneckNetwork``.
+        output_stride, zero_init_residual, drop_path_rate, drop_rate, global_pool: see ``BottleneckNetwork``.
     """
 
     def __init__(
@@ -68,6 +68,9 @@ class RedNet(BottleneckNetwork):
         stem_kernel_size: int = 3,
         output_stride: int = 32,
         zero_init_residual: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         involution: dict[str, Any] = {
             "group_channels": group_channels,
@@ -86,7 +89,8 @@ class RedNet(BottleneckNetwork):
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
         block = partial(Bottleneck, spatial=spatial)
-        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual)
+        timms = drop_path_rate, drop_rate, global_pool
+        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
 
 
 def rednet26(**options: Any) -> RedNet:

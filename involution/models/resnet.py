@@ -29,7 +29,7 @@ class ResNet(BottleneckNetwork):
 
     Args:
         stem: "convolution" (7x7), or "deep": the three 3x3 convolutions of Cityscapes' baselines (Tables 4 and 5).
-        num_classes, output_stride, zero_init_residual: see ``BottleneckNetwork``.
+        num_classes, output_stride, zero_init_residual, drop_path_rate, drop_rate, global_pool: of ``BottleneckNetwork``
     """
 
     def __init__(
@@ -40,6 +40,9 @@ class ResNet(BottleneckNetwork):
         stem: str = "convolution",
         output_stride: int = 32,
         zero_init_residual: bool = True,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        global_pool: str = "avg",
     ) -> None:
         def spatial(channels: int, stride: int, dilation: int) -> nn.Module:
             return nn.Conv2d(channels, channels, 3, stride, dilation, dilation, bias=False)
@@ -48,7 +51,8 @@ class ResNet(BottleneckNetwork):
             raise ValueError(f'stem is {stem!r}; it should be "convolution" or "deep"')
         stem_module = DeepStem(in_chans) if stem == "deep" else ConvolutionStem(in_chans)
         block = partial(Bottleneck, spatial=spatial)
-        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual)
+        timms = drop_path_rate, drop_rate, global_pool
+        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
 
 
 def resnet26(**options: Any) -> ResNet:

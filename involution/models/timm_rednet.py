@@ -10,9 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import SelectAdaptivePool2d
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint_seq
@@ -53,17 +51,6 @@ class TimmNetwork(StagedNetwork):
     def get_classifier(self, name_only: bool = False) -> nn.Module | str:
         """The classifier, or its name."""
         return "fc" if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier; ``global_pool`` is avg, max, avgmax, or "" for unpooled features without a classifier."""
-        if global_pool is not None:
-            if global_pool not in ("avg", "max", "avgmax", ""):
-                raise ValueError(f'global_pool is {global_pool!r}; it should be "avg", "max", "avgmax" or ""')
-            if num_classes and not global_pool:
-                raise ValueError(f'global_pool is ""; num_classes should then be 0, but is {num_classes}')
-            pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True) if global_pool else nn.Identity()
-            self.avgpool = pool.train(self.training)
-        super().reset_classifier(num_classes)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Regular expressions for layer-wise learning rates."""
@@ -122,11 +109,6 @@ class TimmNetwork(StagedNetwork):
         if prune_head or last < len(STAGES):
             self.reset_classifier(0, "")
         return take
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Features -> logits, with dropout before the classifier."""
-        x = F.dropout(self.avgpool(x), self.drop_rate, self.training)
-        return x if pre_logits else self.fc(x)
 
 
 class TimmRedNet(TimmNetwork, RedNet):

@@ -199,12 +199,14 @@ def why_unreadable(error: Exception) -> str:
 
 
 def notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """What ``export.save_safetensors`` notes beside the weights: class_names, preparation.
+    """What ``export.save_safetensors`` notes beside the weights: class_names, preparation, arguments.
 
     Raises:
         ValueError: they are no JSON.
     """
     try:
-        return {key: json.loads(metadata[key]) for key in ("class_names", "preparation") if key in metadata}
+        return {
+            key: json.loads(metadata[key]) for key in ("class_names", "preparation", "arguments") if key in metadata
+        }
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: its metadata should be JSON, as export.save_safetensors writes it") from error

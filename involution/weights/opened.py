@@ -12,7 +12,7 @@ class Weights(NamedTuple):
     """What a checkpoint holds that outlives training."""
 
     tensors: files.StateDict  # under the file's own names
-    model: dict[str, Any] | None  # arguments of ``create_model``, where train.py wrote the file
+    model: dict[str, Any] | None  # arguments of ``create_model``, where the file tells them
     class_names: list[str] | None  # None where the file does not tell
     data: dict[str, Any]  # the run's `data` configuration, or its values in loading.IMAGENET's keys alone, or {}
 
@@ -47,4 +47,6 @@ def open_weights(location: str | Path, sha256: str | None = None) -> Weights:
         config = state["config"]
         return Weights(run_file.best_weights(state), config["model"], state["class_names"], config["data"])
     notes = files.notes(metadata, path)
-    return Weights(files.tensors(contents, path), None, notes.get("class_names"), notes.get("preparation", {}))
+    return Weights(
+        files.tensors(contents, path), notes.get("arguments"), notes.get("class_names"), notes.get("preparation", {})
+    )

@@ -22,6 +22,7 @@ from involution.engine.tasks.classified_pictures import ClassifiedPictures
 from involution.engine.tasks.heat_maps import HeatMaps
 from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
 from involution.loading import Opened
+from involution.models import create_model, from_timm, without_weights
 
 if TYPE_CHECKING:
     from data import Batch, EvalLoader, ImageList
@@ -120,6 +121,12 @@ def _line(images: ImageList, index: int, guess: int) -> tuple[int, str, str, str
 
 def check(config: TrainConfig, world: World) -> None:
     config.augmentation.check(config.train.batch_size, config.train.global_batch_size)
+    if "library" in config.model:
+        with torch.device("meta"):
+            model = create_model(**without_weights(config.model))
+        sizes = config.data.train_size
+        sizes = list(sizes.values()) if isinstance(sizes, dict) else [sizes]
+        from_timm.check_sizes(model, config.model, [*sizes, config.data.val_size])
 
 
 def build(config: TrainConfig) -> Classification:
