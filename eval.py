@@ -2,12 +2,12 @@
 
 The last line of standard output is one JSON object: checkpoint, top1, top5 (percent; single centre crop), loss, n. Of a
 detector: ap, ap50, ..., with masks mask_ap, ... (percent), n, seconds; with per_class=true also those of every class.
+With checkpoint=[a,b] {"results": [those of each]}; results=FILE.csv has them as a table.
 With predictions=FILE.csv also what the model says of each image of the data set.
 With images=PATH the five likeliest classes of pictures of your own: checkpoint, n, predictions.
 """
 
 import atexit
-from contextlib import closing
 from pathlib import Path
 
 import hydra
@@ -17,8 +17,7 @@ from omegaconf import DictConfig
 from involution.engine import cli
 from involution.engine.config import EvalConfig, validate
 from involution.engine.distributed import init_world, leave_world
-from involution.engine.evaluate import evaluate
-from involution.engine.load import build_evaluation
+from involution.engine.load import evaluate_each, write_results
 from involution.engine.predict import predict_images
 from involution.engine.run import log_to
 
@@ -36,14 +35,11 @@ def main(composed: DictConfig) -> None:
         with cli.user_input():
             cli.print_result(predict_images(config, HydraConfig.get().overrides.task, world))
         return
-    with cli.user_input():
-        model, loader, evaluation, samples, printed = build_evaluation(config, HydraConfig.get().overrides.task, world)
-    with closing(loader):
-        results = evaluate(model, loader, evaluation, world, samples=samples, precision=config.precision)
+    results = list(evaluate_each(config, HydraConfig.get().overrides.task, world))
     if world.is_main:
-        printed = (*printed, *(["classes"] if config.per_class else []))
-        told = {key: results[key] for key in printed if key in results}
-        cli.print_result({"checkpoint": str(config.checkpoint)} | told)
+        if config.results is not None:
+            write_results(config.results, results)
+        cli.print_result({"results": results} if isinstance(config.checkpoint, list) else results[0])
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
             of one, or the name of published weights ("rednet50"). A file that does not tell how pictures are prepared
             gets ImageNet's preparation, and one with 1000 unnamed classes ImageNet's names.
         device: of the model.
-        preparation: val_size, val_resize (pixels), mean, std (of the channels, in [0, 1]) in place of the file's.
+        preparation: val_size, val_resize (pixels; by default as val_size changes), mean, std (of the channels, in
+            [0, 1]) in place of the file's.
 
     Raises:
         ValueError: there is no such file, or it is no checkpoint.
@@ -83,6 +84,8 @@ def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparat
     """An opened checkpoint ready for use; arguments as in ``load``."""
     model, names, data, arguments = opened
     told = {key: data.get(key, default) for key, default in (GRAY if input_channels(model) == 1 else IMAGENET).items()}
+    if "val_size" in preparation and "val_resize" not in preparation:
+        told["val_resize"] = scaled(told["val_resize"], told["val_size"], preparation["val_size"])
     told |= preparation
     if "library" in arguments:
         from_timm.check_sizes(model, arguments, [told["val_size"]])
@@ -100,6 +103,11 @@ def open_checkpoint(location: str | Path) -> Opened:
     if weights.model is None and names and len(names) != model.num_classes:
         raise ValueError(f"{location} names {len(names)} classes, but its classifier has {model.num_classes}")
     return Opened(model, names, weights.data, arguments)
+
+
+def scaled(resize: int, crop: int, to: int) -> int:
+    """The short side of which a crop of ``to`` pixels leaves as large a share as ``crop`` does of ``resize``."""
+    return round(resize * to / crop)
 
 
 def input_channels(model: torch.nn.Module) -> int:

@@ -30,7 +30,9 @@ def run(tmp_path_factory) -> Path:
     finished = train(root, "name=2024_01_02", "data.loader=torch")
     assert finished.status == 0, finished.stderr
     folder = root / "2024_01_02"
-    assert finished.result == json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert min(summary.pop("images_per_s"), summary.pop("peak_memory_mb")) > 0
+    assert finished.result == summary
     assert set(finished.result) == {"run_dir", "epochs", "steps", "val_top1", "val_top5", "best_top1"}
     assert finished.result["run_dir"] == str(folder)
     assert finished.result["steps"] == 4

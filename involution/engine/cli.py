@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
 from involution.checks import SizeError
-from involution.engine import arguments, signals
+from involution.engine import arguments, help, signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
@@ -91,6 +91,9 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     status, message, requeue = EXIT_ERROR, "", False
     try:
         try:
+            if {"--help", "-h"} & set(sys.argv[1:]):
+                print(help.text(os.path.basename(sys.argv[0]), config_dir, config_name, sys.argv[1:]))
+                return
             _refuse_sweep_on_every_rank()
             sys.argv[1:] = arguments.keep_text(sys.argv[1:])
             main()

@@ -13,10 +13,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.decode import MAX_PIXELS
-from involution.engine import augmentation
+from involution.engine import augmentation, resolvers  # noqa: F401 - what ${...:...} in YAML means
 from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
-from involution.models import from_timm
 
 
 @dataclass
@@ -61,12 +60,14 @@ class TrainConfig:
 class EvalConfig:
     """conf/eval.yaml"""
 
-    checkpoint: str = MISSING
+    checkpoint: Any = MISSING  # a path or a list of paths
     batch_size: int | None = MISSING
     precision: str = MISSING
     device: str = MISSING
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
     predictions: str | None = MISSING
+    results: str | None = MISSING
+    class_map: str | None = MISSING
     per_class: bool = MISSING
     images: Any = MISSING  # a path or a list of paths
     output: str | None = MISSING
@@ -130,27 +131,6 @@ LATER = {
     "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
     "train.loss": "cross_entropy", **augmentation.OFF,
 }  # fmt: skip
-
-
-def _first(text: str, table: dict[str, Any]) -> Any:
-    """${first:TEXT,{KEY:VALUE,...,else:VALUE}} in YAML: the value of the first key that occurs in the text."""
-    return next((value for key, value in table.items() if key != "else" and key in text), table["else"])
-
-
-def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
-    """${own:KEY,DEFAULT} in YAML: how a model of timm wants its pictures prepared; the default for our models."""
-    model = _root_.get("model")
-    if not model or model.get("library") is None:
-        return default
-    arguments: Any = OmegaConf.to_container(model)
-    try:
-        return from_timm.preparation(**arguments, val_size=_root_.data.val_size if key == "val_resize" else None)[key]
-    except (ValueError, TypeError):  # an unknown name or argument, which create_model explains
-        return default
-
-
-OmegaConf.register_new_resolver("first", _first, replace=True)
-OmegaConf.register_new_resolver("own", _own, replace=True)
 
 
 def validate(config: DictConfig, schema: type) -> Any:

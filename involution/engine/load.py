@@ -1,17 +1,25 @@
 """The model in a file, and the images to evaluate it on."""
 
+import csv
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from data import ImageList
+from involution.engine import class_map
 from involution.engine.build import to_device
+from involution.engine.class_map import MappedAccuracy
+from involution.engine.cli import user_input
 from involution.engine.config import EvalConfig, check_channels, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
-from involution.engine.tasks import Evaluation, Setup, check_data
-from involution.loading import Opened, input_channels, open_checkpoint
+from involution.engine.evaluate import evaluate
+from involution.engine.tasks import Evaluation, Setup, check_data, classification
+from involution.loading import Opened, input_channels, open_checkpoint, scaled
 from involution.models import from_timm
 
 EVAL_BATCH = 64
@@ -28,9 +36,10 @@ class Prepared(NamedTuple):
 
 
 def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> Prepared:
-    """The model of a checkpoint and what to evaluate it on.
+    """The model of the checkpoint and what to evaluate it on.
 
     Args:
+        config: with one checkpoint.
         overrides: of the command line. Pictures are prepared as in training unless it says otherwise: data=imagenet
             chooses other pictures, data.val_size=256 another size.
 
@@ -44,12 +53,62 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
         check_channels(input_channels(opened.model), d.mean, d.std)
     if "library" in opened.arguments:
         from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
-    _, val = setup.open_dataset(d)
-    _check_classes(opened, val.class_names, config.checkpoint)
+    right = None
+    if config.class_map is None:
+        _, val = setup.open_dataset(d)
+        _check_classes(opened, val.class_names, config.checkpoint)
+    else:
+        val, right = _mapped(config, opened, setup, d)
     loader = setup.eval_loader(val, d, config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, world)
-    evaluation = setup.evaluation(loader, config.predictions)
-    return Prepared(
-        to_device(opened.model, world.device, channels_last=True), loader, evaluation, len(val), setup.PRINTED
+    model = to_device(opened.model, world.device, channels_last=True)
+    if right is not None:
+        return Prepared(model, loader, MappedAccuracy(right), len(val), (*setup.PRINTED, "labelled"))
+    return Prepared(model, loader, setup.evaluation(loader, config.predictions), len(val), setup.PRINTED)
+
+
+def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Iterator[dict[str, Any]]:
+    """The scores of each checkpoint, in the order given.
+
+    Raises:
+        UserError: as in `build_evaluation`, or an output that cannot be written.
+    """
+    checkpoints = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
+    if len(checkpoints) > 1 and config.predictions is not None:
+        raise UserError("predictions= is of one checkpoint; give them one by one")
+    if config.results is not None:
+        classification.check_table("results", config.results)
+    for checkpoint in checkpoints:
+        one = dataclasses.replace(config, checkpoint=checkpoint)
+        with user_input():
+            model, loader, evaluation, samples, printed = build_evaluation(one, overrides, world)
+        with closing(loader):
+            found = evaluate(model, loader, evaluation, world, samples=samples, precision=config.precision)
+        wanted = (*printed, *(["classes"] if config.per_class else []))
+        yield {"checkpoint": str(checkpoint)} | {key: found[key] for key in wanted if key in found}
+
+
+def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
+    """A table with a line a checkpoint."""
+    with open(name, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+        table = csv.DictWriter(file, list(dict.fromkeys(key for each in results for key in each if key != "classes")))
+        table.writeheader()
+        table.writerows({key: value for key, value in each.items() if key != "classes"} for each in results)
+
+
+def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, torch.Tensor]:
+    """The data set and what is right for each of its targets, where its classes are not the model's."""
+    if setup is not classification:
+        raise UserError("class_map is for classifiers")
+    if config.predictions is not None:
+        raise UserError(
+            "predictions= and class_map= exclude each other: the table has one right class for each picture"
+        )
+    alone = d.name == "folder" and d.root and not (Path(d.root) / "train").exists()
+    images = class_map.list_images(d.root) if alone else setup.open_dataset(d)[1]
+    assert isinstance(images, ImageList)
+    assert config.class_map is not None
+    return class_map.apply(
+        config.class_map, images, class_map.class_names(opened.class_names, opened.model.num_classes)
     )
 
 
@@ -70,6 +129,10 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
         for key, value in config.data.items()
         if value is not None and (key not in setup.PREPARATION or f"data.{key}" in given(overrides))
     }
+    if "val_size" in chosen and "val_resize" not in chosen and hasattr(trained, "val_resize"):
+        chosen["val_resize"] = scaled(
+            trained.val_resize, trained.val_size, chosen["val_size"]
+        )  # the same share is cut off
     try:
         return dataclasses.replace(trained, **chosen)
     except TypeError as error:

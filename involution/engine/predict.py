@@ -31,6 +31,8 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     """
     if world.size > 1:
         raise UserError("images= runs in one process; start it with plain `python eval.py ...`")
+    if isinstance(config.checkpoint, list):
+        raise UserError("images= takes one checkpoint")
     device, paths = world.device, find_images(config.images)
     outputs = _outputs(config)
     opened = open_checkpoint(config.checkpoint)

@@ -75,6 +75,14 @@ class Accuracy:
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n, "n": round(n)}
 
 
+def check_table(key: str, name: str) -> Path:
+    """The path of a table to be written; refused before anything is computed."""
+    path = Path(name)
+    if path.suffix != ".csv" or not path.absolute().parent.is_dir():
+        raise UserError(f"{key} is {name}; it should be a .csv file in a folder that exists")
+    return path
+
+
 class RecordedAccuracy(Accuracy):
     """Also writes the likeliest class of every image, to compare two models image by image.
 
@@ -86,9 +94,7 @@ class RecordedAccuracy(Accuracy):
 
     def __init__(self, name: str, loader: EvalLoader) -> None:
         super().__init__()
-        self.path, self.loader = Path(name), loader
-        if self.path.suffix != ".csv" or not self.path.absolute().parent.is_dir():
-            raise UserError(f"predictions is {name}; it should be a .csv file in a folder that exists")
+        self.path, self.loader = check_table("predictions", name), loader
         self.predicted: list[Tensor] = []
 
     def count(self, logits: Tensor, batch: Batch) -> None:

@@ -1,0 +1,28 @@
+"""What ``${first:...}`` and ``${own:...}`` mean in conf/*.yaml."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from involution.models import from_timm
+
+
+def _first(text: str, table: dict[str, Any]) -> Any:
+    """${first:TEXT,{KEY:VALUE,...,else:VALUE}} in YAML: the value of the first key that occurs in the text."""
+    return next((value for key, value in table.items() if key != "else" and key in text), table["else"])
+
+
+def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
+    """${own:KEY,DEFAULT} in YAML: how a model of timm wants its pictures prepared; the default for our models."""
+    model = _root_.get("model")
+    if not model or model.get("library") is None:
+        return default
+    arguments: Any = OmegaConf.to_container(model)
+    try:
+        return from_timm.preparation(**arguments, val_size=_root_.data.val_size if key == "val_resize" else None)[key]
+    except (ValueError, TypeError):  # an unknown name or argument, which create_model explains
+        return default
+
+
+OmegaConf.register_new_resolver("first", _first, replace=True)
+OmegaConf.register_new_resolver("own", _own, replace=True)
