@@ -32,6 +32,7 @@ from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Pre
 
 log = logging.getLogger("involution")
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_TIMM = "; timm's: model=timm model.name=NAME"
 OTHER_FOLDER = "set output_root to a folder you can write to"
 
 
@@ -194,7 +195,8 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     ):
         group, _, name = option[1].rpartition("/")
         known = [known for known in option[3].split() if not known.startswith("_")]
-        return f"{group}={name} is unknown{hint(nearest(name, known))} Known: {', '.join(known)}"
+        others = _TIMM if group == "model" else ""
+        return f"{group}={name} is unknown{hint(nearest(name, known))} Known: {', '.join(known)}{others}"
     return text
 
 
