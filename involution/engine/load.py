@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from data import ImageList
-from involution.engine import class_map
 from involution.engine.build import to_device
-from involution.engine.class_map import MappedAccuracy
 from involution.engine.cli import user_input
 from involution.engine.config import EvalConfig, check_channels, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.evaluate import evaluate
-from involution.engine.tasks import Evaluation, Setup, check_data, classification
-from involution.loading import Opened, input_channels, open_checkpoint, scaled
+from involution.engine.tasks import Evaluation, Setup, check_data
+from involution.loading import IMAGENET, Opened, input_channels, open_checkpoint, scaled
 from involution.models import from_timm
 
 EVAL_BATCH = 64
@@ -53,16 +51,16 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
         check_channels(input_channels(opened.model), d.mean, d.std)
     if "library" in opened.arguments:
         from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
-    right = None
+    mapped = None
     if config.class_map is None:
         _, val = setup.open_dataset(d)
         _check_classes(opened, val.class_names, config.checkpoint)
     else:
-        val, right = _mapped(config, opened, setup, d)
+        val, mapped = _mapped(config, opened, setup, d)
     loader = setup.eval_loader(val, d, config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, world)
     model = to_device(opened.model, world.device, channels_last=True)
-    if right is not None:
-        return Prepared(model, loader, MappedAccuracy(right), len(val), (*setup.PRINTED, "labelled"))
+    if mapped is not None:
+        return Prepared(model, loader, mapped, len(val), (*setup.PRINTED, "labelled"))
     return Prepared(model, loader, setup.evaluation(loader, config.predictions), len(val), setup.PRINTED)
 
 
@@ -76,7 +74,7 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
     if len(checkpoints) > 1 and config.predictions is not None:
         raise UserError("predictions= is of one checkpoint; give them one by one")
     if config.results is not None:
-        classification.check_table("results", config.results)
+        check_table("results", config.results)
     for checkpoint in checkpoints:
         one = dataclasses.replace(config, checkpoint=checkpoint)
         with user_input():
@@ -95,8 +93,19 @@ def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
         table.writerows({key: value for key, value in each.items() if key != "classes"} for each in results)
 
 
-def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, torch.Tensor]:
-    """The data set and what is right for each of its targets, where its classes are not the model's."""
+def check_table(key: str, name: str) -> Path:
+    """The path of a table to be written; refused before anything is computed."""
+    path = Path(name)
+    if path.suffix != ".csv" or not path.absolute().parent.is_dir():
+        raise UserError(f"{key} is {name}; it should be a .csv file in a folder that exists")
+    return path
+
+
+def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, Evaluation]:
+    """The data set and its score, where its classes are not the model's."""
+    from involution.engine import class_map  # these import this file
+    from involution.engine.tasks import classification
+
     if setup is not classification:
         raise UserError("class_map is for classifiers")
     if config.predictions is not None:
@@ -107,9 +116,9 @@ def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[I
     images = class_map.list_images(d.root) if alone else setup.open_dataset(d)[1]
     assert isinstance(images, ImageList)
     assert config.class_map is not None
-    return class_map.apply(
-        config.class_map, images, class_map.class_names(opened.class_names, opened.model.num_classes)
-    )
+    known = class_map.class_names(opened.class_names, opened.model.num_classes)
+    images, right = class_map.apply(config.class_map, images, known)
+    return images, class_map.MappedAccuracy(right)
 
 
 def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]) -> Any:
@@ -130,9 +139,8 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
         if value is not None and (key not in setup.PREPARATION or f"data.{key}" in given(overrides))
     }
     if "val_size" in chosen and "val_resize" not in chosen and hasattr(trained, "val_resize"):
-        chosen["val_resize"] = scaled(
-            trained.val_resize, trained.val_size, chosen["val_size"]
-        )  # the same share is cut off
+        crop, resize = (opened.data.get(key, IMAGENET[key]) for key in ("val_size", "val_resize"))
+        chosen["val_resize"] = scaled(resize, crop, chosen["val_size"])  # the same share is cut off
     try:
         return dataclasses.replace(trained, **chosen)
     except TypeError as error:

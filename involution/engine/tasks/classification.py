@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from involution.engine.augmentation import AugmentationConfig
 from involution.engine.config import DataConfig, EvalConfig, TrainConfig
 from involution.engine.distributed import World, gather_objects, sum_over_ranks
 from involution.engine.errors import UserError
+from involution.engine.load import check_table
 from involution.engine.tasks.classified_pictures import ClassifiedPictures
 from involution.engine.tasks.heat_maps import HeatMaps
 from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
@@ -73,14 +73,6 @@ class Accuracy:
         assert self.counts is not None, "a loader yields at least one (possibly all padding) batch"
         n, loss, top1, top5 = sum_over_ranks(self.counts).tolist()
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n, "n": round(n)}
-
-
-def check_table(key: str, name: str) -> Path:
-    """The path of a table to be written; refused before anything is computed."""
-    path = Path(name)
-    if path.suffix != ".csv" or not path.absolute().parent.is_dir():
-        raise UserError(f"{key} is {name}; it should be a .csv file in a folder that exists")
-    return path
 
 
 class RecordedAccuracy(Accuracy):
