@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from involution.complexity import Complexity, count
-from involution.models import DENSE, MODELS, create_model, model_defaults
+from involution.models import DENSE, MODELS, create_model, model_defaults, without_weights
 
 PLACE = {"name", "output_root", "device", "seed"}  # what does not make it another setting
 
@@ -40,7 +40,7 @@ class Run:
     def options(self) -> dict[str, Any]:
         """What differs from the model's defaults."""
         model = self.config["model"]
-        usual = model_defaults(model["name"]) if model["name"] in MODELS else {}
+        usual = model_defaults(model["name"]) if model["name"] in MODELS and "library" not in model else {}
         return {k: v for k, v in model.items() if k in usual and v != usual[k]}
 
     @property
@@ -50,13 +50,13 @@ class Run:
             parts = {k: model[k] for k in ("neck", "head", "plugin") if model.get(k) not in (None, "convolution")}
             return " ".join([model["name"], model["backbone"]["name"], *(f"{k}={v}" for k, v in parts.items())])
         options = (f"{k}={'C' if v is None else v}" for k, v in self.options.items())
-        return " ".join([model["name"], *options])
+        name = f"{model['library']} {model['name']}" if "library" in model else model["name"]
+        return " ".join([name, *options])
 
     def complexity(self) -> Complexity:
         """Of the model at the run's own size of pictures, or if it is dense at the paper's."""
-        model: dict[str, Any] = dict(self.config["model"])
+        model = without_weights(self.config["model"])
         if self.is_dense:
-            model["backbone"] = {k: v for k, v in model["backbone"].items() if not k.startswith("pretrained")}
             height, width = (1024, 2048) if model["name"] in ("semantic_fpn", "upernet") else (800, 1280)
         else:
             height = width = self.config["data"]["val_size"]
