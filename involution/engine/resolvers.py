@@ -1,5 +1,6 @@
 """What ``${first:...}`` and ``${own:...}`` mean in conf/*.yaml."""
 
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,13 +16,12 @@ def _first(text: str, table: dict[str, Any]) -> Any:
 def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
     """${own:KEY,DEFAULT} in YAML: how a model of timm wants its pictures prepared; the default for our models."""
     model = _root_.get("model")
-    if not model or model.get("library") is None:
-        return default
-    arguments: Any = OmegaConf.to_container(model)
-    try:
-        return from_timm.preparation(**arguments, val_size=_root_.data.val_size if key == "val_resize" else None)[key]
-    except (ValueError, TypeError):  # an unknown name or argument, which create_model explains
-        return default
+    if model and model.get("library") is not None:
+        arguments: Any = OmegaConf.to_container(model)
+        crop = _root_.data.val_size if key == "val_resize" else None
+        with suppress(ValueError, TypeError):  # an unknown name or argument, which create_model explains
+            default = from_timm.preparation(**arguments, val_size=crop)[key]
+    return OmegaConf.create(default) if isinstance(default, list) else default  # OmegaConf resolves to no plain list
 
 
 OmegaConf.register_new_resolver("first", _first, replace=True)
