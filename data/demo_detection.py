@@ -13,9 +13,10 @@ from data.demo import write_once
 from data.scenes import HEIGHT, WIDTH, Scene, scenes
 from involution.cache import cache_dir, writable_cache_dir
 
-COUNTS = {"train": 400, "val": 100}
+COUNTS = {"train": 800, "val": 100}
 SHAPES = [(HEIGHT, WIDTH), (WIDTH, HEIGHT), (HEIGHT, WIDTH)]  # two wide ones and a tall one, as in COCO
-VERSION = 1  # of what is drawn: another one is another folder
+DIGITS, SIDES = (5, 9), (36, 60)  # large ones, as the paper's anchors begin at 32 pixels; three of them find room
+VERSION = 2  # of what is drawn: another one is another folder
 
 
 def demo_detection_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -38,7 +39,7 @@ def _write(root: Path) -> None:
         folder.mkdir()
         images: list[dict[str, Any]] = []
         objects: list[dict[str, Any]] = []
-        for number, made in enumerate(scenes(split, count, SHAPES, apart=True)):
+        for number, made in enumerate(scenes(split, count, SHAPES, apart=True, digits=DIGITS, sides=SIDES)):
             name = f"{number:012d}.jpg"
             Image.fromarray(made.picture).save(folder / name, quality=90)
             height, width = made.picture.shape[:2]

@@ -16,7 +16,7 @@ from PIL import Image
 from data import sampling
 
 HEIGHT, WIDTH = 96, 128
-DIGITS = (3, 6)  # in a scene, at least and at most
+DIGITS = (3, 6)  # that a scene tries to place, at least and at most
 SIDES = (22, 46)  # pixels of a digit's square
 VAL_SHARE = 5  # every fifth digit is for the scenes of validation, and for them alone
 _INK = 0.35  # of full ink, from which on a pixel belongs to the digit
@@ -41,6 +41,8 @@ def scenes(
     shapes: Sequence[tuple[int, int]] = ((HEIGHT, WIDTH),),
     apart: bool = False,
     only: Sequence[int] = range(10),
+    digits: tuple[int, int] = DIGITS,
+    sides: tuple[int, int] = SIDES,
 ) -> Iterator[Scene]:
     """The first `count` scenes of "train" or "val".
 
@@ -48,27 +50,37 @@ def scenes(
         shapes: (H, W) of the scenes, taken in turn.
         apart: leave out a digit that would hide more than a tenth of another.
         only: the digits to draw from.
+        digits, sides: see DIGITS and SIDES.
     """
     from sklearn.datasets import load_digits  # heavy, and needed only once
 
-    digits = load_digits()
-    mine = np.arange(len(digits.target)) % VAL_SHARE == 0
-    mine = np.flatnonzero((mine if split == "val" else ~mine) & np.isin(digits.target, only))
-    inks, labels = digits.images[mine] / 16, digits.target[mine]
+    known = load_digits()
+    mine = np.arange(len(known.target)) % VAL_SHARE == 0
+    mine = np.flatnonzero((mine if split == "val" else ~mine) & np.isin(known.target, only))
+    inks, labels = known.images[mine] / 16, known.target[mine]
     for number in range(count):
         shape = shapes[number % len(shapes)]
-        yield _scene(sampling.uniforms(_SEEDS[split], number, 512), inks, labels, shape, apart)
+        random = sampling.uniforms(_SEEDS[split], number, 512)
+        yield _scene(random, inks, labels, shape, apart, digits, sides)
 
 
-def _scene(random: np.ndarray, inks: np.ndarray, labels: np.ndarray, shape: tuple[int, int], apart: bool) -> Scene:
+def _scene(
+    random: np.ndarray,
+    inks: np.ndarray,
+    labels: np.ndarray,
+    shape: tuple[int, int],
+    apart: bool,
+    count: tuple[int, int],
+    sides: tuple[int, int],
+) -> Scene:
     """One scene from numbers in [0, 1) and the digits (n, 8, 8) with their classes."""
     drawn = iter(random.tolist())
     height, width = shape
     picture = _canvas(drawn, height, width)
     digits: list[Digit] = []
-    for _ in range(DIGITS[0] + int(next(drawn) * (DIGITS[1] - DIGITS[0] + 1))):
+    for _ in range(count[0] + int(next(drawn) * (count[1] - count[0] + 1))):
         which = int(next(drawn) * len(labels))
-        side = SIDES[0] + int(next(drawn) * (SIDES[1] - SIDES[0] + 1))
+        side = sides[0] + int(next(drawn) * (sides[1] - sides[0] + 1))
         top, left = int(next(drawn) * (height - side + 1)), int(next(drawn) * (width - side + 1))
         ink = np.array(Image.fromarray(inks[which].astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
         ink = np.clip(ink, 0, 1)[..., None]

@@ -2,8 +2,8 @@
 
 Every ```bash and ```python block of README.md and docs/*.md has a comment line above it: `<!-- run -->` blocks are run
 here, in the order of the page, `<!-- needs: a GPU, ... -->` blocks are not. They run in a folder that holds what a
-reader has: the programs, the run of `make demo`, a photo.jpg, photos/{train,val}/<class>/, and
-street/{train,val}/{images,masks}/. To be quick, `train.py` gets QUICK at the end of its command, nothing else is
+reader has: the programs, the run of `make demo`, a photo.jpg, photos/{train,val}/<class>/, objects/ in COCO's format,
+and street/{train,val}/{images,masks}/. To be quick, `train.py` gets QUICK at the end of its command, nothing else is
 changed.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from image_folders import write_squares
 from programs import ROOT
 from reliability import write_images, write_masks
 
@@ -73,6 +74,7 @@ def folder(tmp_path_factory) -> Path:
         (here / name).symlink_to(ROOT / name)
     write_images(here / "photos")
     write_masks(here / "street")
+    write_squares(here / "objects", (("train", 4), ("val", 2)))
     (here / "photo.jpg").write_bytes((here / "photos" / "val" / "a" / "0.jpg").read_bytes())
     finished = run([sys.executable, "train.py", "recipe=demo", QUICK], here)
     assert finished.returncode == 0, finished.stderr

@@ -57,13 +57,14 @@ class Regions(RoIHeads):
         head: "convolution", or "involution" in the mask head.
         masks: whether there is a mask head.
         samples: proposals of an image that are learned from.
+        width: of the box head's two hidden layers.
     """
 
-    def __init__(self, num_classes: int, head: str, masks: bool, samples: int = 512) -> None:
+    def __init__(self, num_classes: int, head: str, masks: bool, samples: int = 512, width: int = 1024) -> None:
         super().__init__(
             RoIAlign(BOX),
-            TwoMLPHead(CHANNELS * BOX**2, 1024),
-            FastRCNNPredictor(1024, num_classes + 1),
+            TwoMLPHead(CHANNELS * BOX**2, width),
+            FastRCNNPredictor(width, num_classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=samples,

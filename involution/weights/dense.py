@@ -85,6 +85,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if name in ("faster_rcnn", "mask_rcnn"):
         found["head"] = "involution" if "rpn_head.rpn_conv.conv1.conv.weight" in state else "convolution"
         found["num_classes"] = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
+        found["box_width"] = len(state["roi_head.bbox_head.shared_fcs.1.weight"])
     elif name == "retinanet":
         anchors = len(state["bbox_head.retina_reg.weight"]) // 4
         found["num_classes"] = len(state["bbox_head.retina_cls.weight"]) // anchors
