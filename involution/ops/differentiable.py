@@ -19,9 +19,12 @@ def keep(ctx: Any, *tensors: Tensor | None) -> None:
     ctx.kinds = _kinds(tensors)
 
 
-def kept(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What was saved. Its memory is read by C++: parameters that have been given other data (``model.half()``,
-    ``p.data = ...``) since, which autograd does not see, are an error."""
+def kept(ctx: Any) -> tuple[Any, ...]:
+    """What was saved, tensors or None.
+
+    Their memory is read by C++: parameters that have been given other data (``model.half()``, ``p.data = ...``) since,
+    which autograd does not see, are an error.
+    """
     tensors: tuple[Tensor | None, ...] = ctx.saved_tensors
     if _kinds(tensors) != ctx.kinds:
         raise RuntimeError("a parameter has another type, size or device than in the forward whose backward this is")
