@@ -171,6 +171,6 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
         return instantiate({**config, "_partial_": True})(groups)
     except (TypeError, InstantiationException) as error:
         raise UserError(
-            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command line or from "
-            "a recipe made for another optimizer"
+            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command "
+            "line or from a recipe made for another optimizer"
         ) from error
