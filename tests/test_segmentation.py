@@ -11,6 +11,7 @@ from PIL import Image
 from programs import in_process, start, torchrun
 from reliability import kill, outcome, saved_step, wait_until, write_masks
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from data.cityscapes import CITYSCAPES
 from data.mask_list import IGNORED
@@ -36,6 +37,18 @@ def test_bands_are_the_enlarged_logits(size):
     logits = torch.randn(5, 17, 24)
     joined = torch.cat([band for _, band in bands(logits, *size)], 1)
     torch.testing.assert_close(joined, F.interpolate(logits[None], size, mode="bilinear")[0])
+
+
+def test_scoring_takes_less_memory_than_the_logits():
+    """Of a picture as high as Cityscapes'; how wide it is does not matter."""
+    logits = torch.randn(1, 19, 256, 64)
+    mask = torch.randint(0, 19, (1024, 256), dtype=torch.uint8)
+    batch = SegmentationBatch([torch.zeros(1, 3, *mask.shape)], [mask], np.array([0]), 1)
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        MeanIou().add(lambda image: logits, batch)
+    events = profiled.profiler.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert 0.25 * logits.nbytes < max(np.cumsum(changes)) < logits.nbytes
 
 
 def samples(count):
