@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,27 +25,32 @@ from benchmarks.machine import fill_heap
 from benchmarks.report import Report, Row
 from data import Batch
 from data.demo import demo_root
+from data.mask_list import IGNORED
+from data.segmentation import SegmentationBatch
 from involution import create_model
 from involution.engine.distributed import World
 from involution.engine.optim import cosine
 from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
+from involution.engine.tasks import Task
 from involution.engine.tasks.classification import Classification
 from involution.engine.tasks.losses import CrossEntropy
+from involution.engine.tasks.segmentation import Segmentation
 from involution.engine.trainer import Trainer
 
 WARM_UP = 3
 LR, SMOOTHING = 1e-3, 0.1
+SEGMENTOR = "semantic_fpn"  # with involutions, on RedNet-26
 
 
 class OneBatch:
     """A loader of one batch."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Any) -> None:
         self.batch = batch
         self.skipped: dict[str, str] = {}
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return iter([self.batch])
 
     def close(self) -> None:
@@ -54,9 +60,7 @@ class OneBatch:
 class AlternatingLoader(OneBatch):
     """The trainer's loader protocol, around a step of the peer; `block` steps of either side make one sample."""
 
-    def __init__(
-        self, batches: Iterator[Batch], peer: Callable[[], object], steps: int, block: int, device: str
-    ) -> None:
+    def __init__(self, batches: Iterator[Any], peer: Callable[[], object], steps: int, block: int, device: str) -> None:
         super().__init__(next(batches))
         self.batches, self.peer, self.block, self.device = batches, peer, block, device
         self.steps_per_epoch = steps
@@ -70,10 +74,10 @@ class AlternatingLoader(OneBatch):
     def seek(self, step: int) -> None:
         pass
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         if self.handed_out % self.block == 0:
             timing.synchronize(self.device)
             now = timing.clock()
@@ -91,7 +95,8 @@ class AlternatingLoader(OneBatch):
 
 def make_model(name: str, device: str, classes: int = 100) -> nn.Module:
     torch.manual_seed(0)
-    return create_model(name, num_classes=classes).to(device).to(memory_format=torch.channels_last).train()
+    options: dict[str, Any] = {"backbone": "rednet26", "neck": "involution"} if name == SEGMENTOR else {}
+    return create_model(name, num_classes=classes, **options).to(device).to(memory_format=torch.channels_last).train()
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -101,6 +106,21 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 def bare(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def step() -> None:
         F.cross_entropy(model(batch.images), batch.targets, label_smoothing=SMOOTHING).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def bare_segmentation(
+    model: nn.Module, batch: SegmentationBatch, optimizer: torch.optim.Optimizer
+) -> Callable[[], None]:
+    assert isinstance(batch.masks, torch.Tensor)
+    targets = batch.masks.long()
+
+    def step() -> None:
+        logits = F.interpolate(model(batch.images)["out"], targets.shape[1:], mode="bilinear")
+        F.cross_entropy(logits, targets, ignore_index=IGNORED).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -119,9 +139,10 @@ def options(batch_size: int) -> TrainOptions:
 
 
 def fit(
-    model: nn.Module, batches: Iterator[Batch], peer: Callable[[], object], batch_size: int, args: argparse.Namespace
-) -> timing.Samples:
-    """Seconds a step of the trainer and of its peer."""
+    model: nn.Module, batches: Iterator[Any], peer: Callable[[], object], batch_size: int, args: argparse.Namespace,
+    task: Task | None = None, val: SegmentationBatch | None = None,
+) -> timing.Samples:  # fmt: skip
+    """Seconds a step of the trainer and of its peer; it evaluates once, on `val` or a batch."""
     block, steps = _block_and_steps(args)
     loader = AlternatingLoader(batches, peer, steps, block, args.device)
     world = World(0, 1, torch.device(args.device))
@@ -129,10 +150,10 @@ def fit(
         run_folder = RunFolder(Path(folder) / "run", world)
         run_folder.open()
         trainer = Trainer(
-            model, Classification(CrossEntropy(SMOOTHING)), make_optimizer(model), cosine(LR, steps), loader,
-            OneBatch(loader.batch),
-            train_size=steps * batch_size, val_size=batch_size, options=options(batch_size), world=world,
-            run=run_folder, extra_state={"config": {}, "class_names": []},
+            model, task or Classification(CrossEntropy(SMOOTHING)), make_optimizer(model), cosine(LR, steps), loader,
+            OneBatch(val or loader.batch),
+            train_size=steps * batch_size, val_size=val.valid if val else batch_size, options=options(batch_size),
+            world=world, run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip
         trainer.fit()
     return {case: times[WARM_UP:] for case, times in loader.samples.items()}
@@ -145,11 +166,24 @@ def _block_and_steps(args: argparse.Namespace) -> tuple[int, int]:
 
 def against_bare(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
     images = torch.randn(batch_size, 3, side, side, device=args.device).contiguous(memory_format=torch.channels_last)
+    if name == SEGMENTOR:
+        return _segmentor_against_bare(images, args)
     batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
     other = make_model(name, args.device)
     step = bare(other, batch, make_optimizer(other))
     samples = fit(make_model(name, args.device), itertools.repeat(batch), step, batch_size, args)
     return _row(name, side, batch_size, samples, "bare loop")
+
+
+def _segmentor_against_bare(images: torch.Tensor, args: argparse.Namespace) -> Row:
+    size, side, classes = len(images), images.shape[2], 19
+    masks = torch.randint(classes, (size, side, side), device=args.device, dtype=torch.uint8)
+    batch = SegmentationBatch(images, masks, np.arange(size), size)
+    val = SegmentationBatch([images[:1]], [masks[0]], np.arange(1), 1)
+    model, other = (make_model(SEGMENTOR, args.device, classes) for _ in range(2))
+    step = bare_segmentation(other, batch, make_optimizer(other))
+    samples = fit(model, itertools.repeat(batch), step, size, args, Segmentation(), val)
+    return _row(SEGMENTOR, side, size, samples, "bare loop")
 
 
 def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
@@ -181,7 +215,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     fill_heap(0.1 if args.quick else 2)
     measure, peer = (against_timm, "timm's loop") if args.peer == "timm" else (against_bare, "bare loop")
     rows = []
-    for setup in ["rednet26:32:2"] if args.quick else args.setup:
+    quick = ["rednet26:32:2"] if args.peer == "timm" else ["rednet26:32:2", f"{SEGMENTOR}:32:2"]
+    for setup in quick if args.quick else args.setup:
         name, side, batch_size = setup.split(":")
         rows.append(measure(name, int(side), int(batch_size), args))
     what = "Forward, backward, SGD with momentum, label smoothing; "
@@ -201,7 +236,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--setup", nargs="+", default=["rednet26:64:16", "rednet50:224:8"], metavar="MODEL:SIDE:BATCH",
-        help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8",
+        help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8; for segmentation "
+        f"{SEGMENTOR}:64:4 (with involutions, on RedNet-26)",
     )  # fmt: skip
     parser.add_argument("--peer", choices=("bare", "timm"), default="bare", help="the other side (default bare)")
     parser.add_argument("--root", help="--peer timm: train/<class>/ and val/<class>/ are in it (default: the demo set)")
