@@ -8,7 +8,6 @@ B images, C channels, G groups, K taps a side, H x W input, Ho x Wo output, R re
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -28,6 +27,11 @@ class Launch(NamedTuple):
     warps: int
 
 
+def _ceil(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own takes ten times as long, and a launch needs five of them."""
+    return -(-a // b)
+
+
 def _is_wide(*tensors: Tensor | None) -> bool:
     """Whether some offset needs 64 bits (they cost registers everywhere else)."""
     spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
@@ -40,22 +44,22 @@ def common_arguments(
     """The arguments that all kernels share."""
     height, width = output_hw(input, kernel_size, stride, padding, dilation)
     channels = input.shape[1] // groups
-    taps = max(8, triton.next_power_of_2(kernel_size))
+    taps = max(8, tiles.power(kernel_size))
     arguments = {
         "H": input.shape[2], "W": input.shape[3], "HO": height, "WO": width, "G": groups, "GC": channels,
         "K": kernel_size, "S": stride, "P": padding, "D": dilation, "ACC": ACCUMULATE[input.dtype],
-        "BC": min(64, triton.next_power_of_2(channels)), "KP": taps, "LOG_KP": taps.bit_length() - 1,
+        "BC": min(64, tiles.power(channels)), "KP": taps, "LOG_KP": taps.bit_length() - 1,
         "RUN": 7 if kernel_size <= 7 and input.dtype != torch.float64 else 4,  # else the registers do not suffice
     }  # fmt: skip
     if reduced is not None:
-        arguments |= {"R": reduced.shape[1], "RP": max(16, triton.next_power_of_2(reduced.shape[1]))}
+        arguments |= {"R": reduced.shape[1], "RP": max(16, tiles.power(reduced.shape[1]))}
         # the span is a convolution, so that its products are as exact as cuDNN's are set to be
         arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
     return arguments
 
 
 def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:
-    return images * arguments[rows] * triton.cdiv(arguments[width], arguments["RUN"])
+    return images * arguments[rows] * _ceil(arguments[width], arguments["RUN"])
 
 
 def _taps_from(kernel: Tensor | None, reduced: Tensor | None, *span: Tensor | None) -> dict[str, Any]:
@@ -92,10 +96,10 @@ def plan_grad_input(
     arguments = common | _taps_from(kernel, reduced, weight, bias)
     arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
     if common["S"] > 1:
-        arguments["RUN"] = triton.cdiv(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
+        arguments["RUN"] = _ceil(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
     arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(grad, kernel, reduced, out)}
     every = common["S"] if common["D"] == 1 else 1
-    arguments["total"] = grad.shape[0] * triton.cdiv(common["H"], every) * triton.cdiv(common["W"], arguments["RUN"])
+    arguments["total"] = grad.shape[0] * _ceil(common["H"], every) * _ceil(common["W"], arguments["RUN"])
     launch = _tiled(triton_kernels.grad_input_kernel, arguments, tiles.grad_input_tile(arguments))
     return launch._replace(programs=every * launch.programs)
 
@@ -111,13 +115,13 @@ def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str,
     arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5)}
     launch = _tiled(triton_gradients.grad_kernel_kernel, arguments, tiles.grad_kernel_tile(arguments))
     a = launch.arguments
-    return launch._replace(programs=triton.cdiv(a["total"], a["J"]) * triton.cdiv(a["G"], a["GB"]))
+    return launch._replace(programs=_ceil(a["total"], a["J"]) * _ceil(a["G"], a["GB"]))
 
 
 def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
     arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
     launch = _tiled(triton_gradients.grad_reduced_kernel, arguments, tiles.grad_reduced_tile(arguments))
-    return launch._replace(programs=triton.cdiv(arguments["total"], launch.arguments["J"]))
+    return launch._replace(programs=_ceil(arguments["total"], launch.arguments["J"]))
 
 
 def plan_grad_weight(
@@ -128,9 +132,9 @@ def plan_grad_weight(
     taps, channels = common["G"] * common["K"] ** 2, common["R"]
     tile = tiles.grad_weight_tile(common, input.element_size())
     rows = tiles.grad_weight_rows(tile, common)
-    programs = triton.cdiv(common["G"], tile.GB) * triton.cdiv(common["K"], rows)
+    programs = _ceil(common["G"], tile.GB) * _ceil(common["K"], rows)
     # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
-    parts = min(triton.cdiv(528, programs), triton.cdiv(arguments["total"], tile.J))
+    parts = min(_ceil(528, programs), _ceil(arguments["total"], tile.J))
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
     biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
@@ -143,5 +147,5 @@ def plan_grad_weight(
 def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:
     """The launch in a tile, with a program for each tile of runs, groups and chunks of channels."""
     a = arguments | {"J": tile.J, "GB": tile.GB}
-    programs = triton.cdiv(a["total"], a["J"]) * triton.cdiv(a["G"], a["GB"]) * triton.cdiv(a["GC"], a["BC"])
+    programs = _ceil(a["total"], a["J"]) * _ceil(a["G"], a["GB"]) * _ceil(a["GC"], a["BC"])
     return Launch(kernel, a, programs, tile.warps)

@@ -17,7 +17,7 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-TILES = (Tile(16, 4), Tile(8, 4), Tile(32, 2), Tile(16, 1), Tile(4, 4), Tile(8, 1), Tile(2, 1))
+TILES = (Tile(16, 4), Tile(8, 4), Tile(32, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1), Tile(2, 1))
 RUNS = (16, 8, 2)  # for kernels whose groups are fixed
 
 
@@ -37,11 +37,15 @@ def forward_tile(a: dict[str, Any]) -> Tile:
 
 
 def grad_input_tile(a: dict[str, Any]) -> Tile:
-    """Two tiles of taps are alive where a run touches more than 8 output columns: fewer channels beside a wide one."""
+    """Two tiles of taps are alive where a run touches more than 8 output columns: fewer channels beside a wide one.
+
+    Nor is there room for the weights of many groups: four times 256 reduced channels would spill 136 bytes.
+    """
 
     def fits(tile: Tile) -> bool:
         channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-        return registers_suffice(tile, a, 256) and tile.J * a["RP"] / tile.warps + 16 * channels <= 320
+        beside = tile.J * a["RP"] / tile.warps + 16 * channels
+        return registers_suffice(tile, a, 256) and beside <= 320 and tile.GB * a["RP"] <= 512
 
     return next((t for t in TILES if fits(t)), TILES[-1])
 
@@ -52,14 +56,14 @@ def grad_kernel_tile(a: dict[str, Any]) -> Tile:
 
 def grad_reduced_tile(a: dict[str, Any]) -> Tile:
     """All groups are summed up by one program, GB at a time: 2 to 4, as the tensor cores sum over 16 taps or more."""
-    groups = max(2, min(4, _power(a["G"]), 64 // a["BC"]))
+    groups = max(2, min(4, power(a["G"]), 64 // a["BC"]))
     tiles = [Tile(runs, groups) for runs in RUNS]
     return next((t for t in tiles if registers_suffice(t, {**a, "G": groups}, 256)), tiles[-1])
 
 
 def grad_weight_tile(a: dict[str, Any], element_size: int) -> Tile:
     """The sums of a row, KP taps x GB groups x RP, are at most 2048 values of a program's registers."""
-    groups = min(4, _power(a["G"]), max(1, 64 // a["BC"]), max(1, 256 // a["RP"]))
+    groups = min(4, power(a["G"]), max(1, 64 // a["BC"]), max(1, 256 // a["RP"]))
     runs = min(1024 // (groups * max(16, a["BC"])), 2048 // a["RP"])
     if a["S"] > 1 and a["RP"] >= 64:
         runs //= 2  # the input's columns are twice as many; before sm_90 a thread would spill 232 bytes
@@ -76,6 +80,6 @@ def grad_weight_rows(tile: Tile, a: dict[str, Any]) -> int:
     return 1 if 1 in (a["K"], a["BC"]) or (channels >= 8 and tile.GB * a["RP"] >= 256) else 2
 
 
-def _power(value: int) -> int:
+def power(value: int) -> int:
     """The next power of two."""
     return 1 << max(0, value - 1).bit_length()
