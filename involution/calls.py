@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from involution.checks import NotTraced
 from involution.layers import Involution2d
@@ -32,25 +33,37 @@ class _Tracer(fx.Tracer):
 
 
 class Calls:
-    """The calls of ``model(...)`` with its required arguments alone, in the mode that it is in.
+    """The calls of ``model(...)`` in the mode that it is in, its optional arguments at their defaults or, with
+    ``any_arguments``, unknown.
 
     Raises:
-        Exception: of any kind, if the forward cannot be run on symbolic values.
+        Exception: of any kind, if the forward cannot be run on symbolic values, or runs otherwise the second time.
     """
 
-    def __init__(self, model: nn.Module, leaves: tuple[type[nn.Module], ...] = (Involution2d,)) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, leaves: tuple[type[nn.Module], ...] = (Involution2d,), any_arguments: bool = False
+    ) -> None:
+        self.model, self.leaves = model, leaves
         self.probe = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # its forward may keep what it sees
-        self.tracer = _Tracer(leaves)
-        optional = {
+        self.optional = {
             name: p.default
             for name, p in inspect.signature(self.probe.forward).parameters.items()
             if isinstance(p.default, (bool, int, float, str, type(None)))
         }
-        with torch.no_grad():
-            graph = self.tracer.trace(self.probe, concrete_args=optional)
-        self.nodes = list(graph.nodes)
+        self.tracer, self.nodes = self._trace(any_arguments)
+        kept = [value.node for value in _held_by(self.probe) if isinstance(value, fx.Proxy)]
+        first = self.order()
+        self.tracer, self.nodes = self._trace(any_arguments)
+        if self.order() != first:
+            raise ValueError("it calls other modules the second time")
         self.times = Counter(node.target for node in self.nodes if node.op == "call_module")
+        self.kept = {node.name for node in kept}
+
+    def _trace(self, any_arguments: bool) -> tuple[_Tracer, list[fx.Node]]:
+        tracer = _Tracer(self.leaves)
+        with torch.no_grad():
+            graph = tracer.trace(self.probe, concrete_args=None if any_arguments else self.optional)
+        return tracer, list(graph.nodes)
 
     def order(self) -> list[tuple[str, ...]]:
         """What is called on what, to be compared with another model's."""
@@ -67,8 +80,8 @@ class Calls:
         """A layer, the BatchNorm in evaluation mode that alone reads its output, and the ReLU that alone reads that, if
         there is one. The first two are called once."""
         for node in self.nodes:
-            norm_node = _reader(node)
-            act_node = _reader(norm_node) if norm_node is not None else None
+            norm_node = self._reader(node)
+            act_node = self._reader(norm_node) if norm_node is not None else None
             layer, norm, act = (self._module(n) if n is not None else None for n in (node, norm_node, act_node))
             if layer is None or not isinstance(norm, nn.BatchNorm2d) or not as_it_seems(norm, nn.BatchNorm2d):
                 continue
@@ -79,10 +92,15 @@ class Calls:
     def _module(self, node: fx.Node) -> nn.Module | None:
         return self.model.get_submodule(str(node.target)) if node.op == "call_module" else None
 
+    def _reader(self, node: fx.Node) -> fx.Node | None:
+        """The one module call that reads a node's output as its only argument, if nobody else does or keeps it."""
+        readers = list(node.users)
+        if len(readers) != 1 or readers[0].op != "call_module" or node.name in self.kept:
+            return None
+        return readers[0] if readers[0].args == (node,) and not readers[0].kwargs else None
 
-def _reader(node: fx.Node) -> fx.Node | None:
-    """The one module call that reads a node's output as its only argument, if nobody else does."""
-    readers = list(node.users)
-    if len(readers) != 1 or readers[0].op != "call_module":
-        return None
-    return readers[0] if readers[0].args == (node,) and not readers[0].kwargs else None
+
+def _held_by(model: nn.Module) -> Iterator[Any]:
+    """What the modules' attributes hold, in lists and dictionaries too."""
+    for module in model.modules():
+        yield from tree_leaves({name: value for name, value in vars(module).items() if not name.startswith("_")})

@@ -47,9 +47,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     A convolution takes up the BatchNorm that alone reads its output; an ``Involution2d`` of the default kernel
     generation takes up BatchNorm and ReLU and becomes one operator. Who reads whose output is seen by ``torch.fx``, for
-    calls with the required arguments alone. Modules that are called twice, hooked, parametrised or otherwise changed
-    stay as they are, and so does a model that torch.fx cannot trace, with a warning. Fold first, compile then:
-    ``torch.compile(fold(model))``.
+    the model as it is now and any optional arguments. Modules that are called twice, hooked, parametrised or otherwise
+    changed stay as they are, and so does a model that torch.fx cannot trace or that decides by an argument what it
+    runs, with a warning. Fold first, compile then: ``torch.compile(fold(model))``.
     """
     model = copy.deepcopy(model).eval()
     try:
@@ -71,7 +71,11 @@ def fold(model: nn.Module) -> nn.Module:
 def _replaced(model: nn.Module, calls: Calls) -> nn.Module:
     """A copy with every replacement under each of the names of what it stands for."""
     found: dict[nn.Module, nn.Module] = {}
-    for layer, norm, act in calls.chains():
+    always = calls.chains()
+    if calls.optional:
+        for_any_arguments = set(Calls(model, any_arguments=True).chains())
+        always = (chain for chain in always if chain in for_any_arguments)
+    for layer, norm, act in always:
         if isinstance(layer, nn.Conv2d) and as_it_seems(layer, nn.Conv2d):
             found |= {layer: fuse_conv_bn_eval(layer, norm), norm: nn.Identity()}
         elif isinstance(layer, Involution2d) and act is not None and norm.affine and _as_built(layer):

@@ -5,6 +5,7 @@ counters, compilers, exporters, function transforms watch the calls. Every road 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -24,7 +25,8 @@ def unchanged(module: nn.Module) -> bool:
     """No hooks, no wrapped call, and plain parameters and buffers: no pruning, no weight norm, no functional_call."""
     own = module.__dict__
     return (
-        not any(own[name] for name in _HOOKS)
+        type(module).__call__ is _CALL
+        and not any(own[name] for name in _HOOKS)
         and not any(name in own for name in _RUN_BY)
         and all(p is None or type(p) is nn.Parameter for p in own["_parameters"].values())
         and all(b is None or type(b) is Tensor for b in own["_buffers"].values())
@@ -37,8 +39,17 @@ def _as_written(kind: type[nn.Module]) -> bool:
 
 
 def calls_are_free() -> bool:
-    """Whether no hook of all modules and no tracer is to see the calls of modules."""
-    return nn.Module.__call__ is _CALL and not _has_any_global_hook()
+    """Whether no hook of all modules, no tracer and no profiler that replaces functions is to see the calls."""
+    return _functions() == _AS_IMPORTED and not _has_any_global_hook()
+
+
+def _functions() -> tuple[object, ...]:
+    """What profilers and counters replace."""
+    called = nn.Module.__call__, nn.Module._call_impl, nn.Conv2d._conv_forward
+    return *called, F.conv2d, F.batch_norm, F.relu, F.avg_pool2d
+
+
+_AS_IMPORTED = _functions()
 
 
 def nobody_watches() -> bool:

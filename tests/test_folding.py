@@ -143,6 +143,49 @@ def test_the_order_is_that_of_the_forward(kind):
     assert not any(isinstance(value, torch.fx.Proxy) for value in vars(quick).values())
 
 
+class Options(Parts):
+    def forward(self, x: Tensor, last: bool = True, extra: Tensor | None = None) -> Tensor:
+        return self.run(self, x, last, extra)
+
+
+def with_extra(m: Parts, x: Tensor, last: bool, extra: Tensor | None) -> Tensor:
+    y = m.conv(x)
+    return m.bn(y if extra is None else y + extra)
+
+
+def that_keeps(m: Parts, x: Tensor, last: bool, extra: Tensor | None) -> Tensor:
+    m.features = {"conv": [m.conv(x)]}
+    return m.bn(m.features["conv"][0])
+
+
+def in_turn(m: Parts, x: Tensor, last: bool, extra: Tensor | None) -> Tensor:
+    m.calls = getattr(m, "calls", 0) + 1
+    return m.bn(m.conv(x)) if m.calls % 2 else m.conv(m.bn(x))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Options is not folded")
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x, last, extra: m.bn(m.conv(x)) if last else m.conv(x),
+        lambda m, x, last, extra: m.bn(m.conv(x)) if last else (m.bn(m.conv(x)), m.conv(x))[1],
+        with_extra,
+        that_keeps,
+        in_turn,
+    ],
+    ids=["last layer", "features", "extra", "kept", "in turn"],
+)
+def test_forwards_that_take_options_or_keep_something(run):
+    torch.manual_seed(0)
+    model, x = settled(Options(run)), torch.randn(2, 32, 9, 8)
+    quick = fold(model)
+    for options in ({}, {}, {"last": False}, {"extra": torch.ones_like(x)}):
+        torch.testing.assert_close(quick(x, **options), model(x, **options), rtol=1e-4, atol=1e-4)
+    if run is that_keeps:
+        torch.testing.assert_close(quick.features, model.features)
+
+
 def test_a_model_that_cannot_be_traced_is_named():
     with pytest.warns(UserWarning, match="Parts is not folded: torch.fx cannot tell .* model.backbone = fold"):
         fold(settled(Parts(FORWARDS["as the data say"][0])))

@@ -109,6 +109,29 @@ def test_a_class_whose_forward_was_replaced(owner, monkeypatch):
     assert set(fired) == {m for m in block.modules() if isinstance(m, owner)}
 
 
+@pytest.mark.parametrize("layout", ["NCHW", "channels_last"])
+@pytest.mark.parametrize(
+    ("owner", "name", "calls"),
+    [
+        (nn.Module, "_call_impl", 15),
+        (nn.Conv2d, "_conv_forward", 3),
+        (F, "conv2d", 3),
+        (F, "batch_norm", 4),
+        (F, "relu", 4),
+    ],
+    ids=str,
+)
+def test_a_function_that_was_replaced(owner, name, calls, layout, monkeypatch):
+    """As profilers and counters do, to count the calls."""
+    fired: list[Any] = []
+    run = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **options: (fired.append(a), run(*a, **options))[1])
+    Block().train()(inputs(layout))
+    Block().eval()(inputs(layout))
+    monkeypatch.undo()
+    assert len(fired) == 2 * calls
+
+
 class Doubled(nn.Conv2d):
     """A subclass of nn.Conv2d that does something else."""
 
