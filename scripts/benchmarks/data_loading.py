@@ -20,18 +20,24 @@ from benchmarks import timing
 from benchmarks.fresh import fresh, resident
 from benchmarks.loop import bare, make_optimizer
 from benchmarks.report import Report, Row
+from data.policies import RandAugment
 from involution import create_model
 
 FILL = 8  # batches taken before the clock starts: more than any queue holds
 SMALL = 256  # images of the memory test
+STRONG = ", RandAugment + erasing + mixup"
 Source = tuple[Iterator[Any], Callable[[], None]]  # batches without end, and how to stop
 
 
-def our_loader(root: str, loader: str, batch: int, side: int, workers: int, device: str) -> Source:
+def our_loader(
+    root: str, loader: str, batch: int, side: int, workers: int, device: str, strong: bool = False
+) -> Source:
+    """With the augmentation of recipe=paper; `strong`: and with more."""
     images = data.open_dataset("folder", root).train
+    more: Any = {"policies": [RandAugment()], "erasing": 0.25, "mixing": data.Mixing(0, 0.8, 0)} if strong else {}
     made = data.train_loader(
         images, batch_size=batch, global_batch_size=batch, seed=0, train_size=side, loader=loader, workers=workers,
-        device=device, decoder="mixed" if device == "cuda" else "cpu",
+        device=device, decoder="mixed" if device == "cuda" else "cpu", **more,
     )  # fmt: skip
     return iter(made), made.close
 
@@ -104,10 +110,12 @@ def sources(root: str, args: argparse.Namespace) -> dict[str, Callable[[], Sourc
     else:
         dali = {
             "data.loader=dali": lambda: our_loader(root, "dali", *rest),
+            f"data.loader=dali{STRONG}": lambda: our_loader(root, "dali", *rest, strong=True),
             "DALI readers.file (peer)": lambda: bare_dali(root, *rest),
         }
     return dali | {
         "data.loader=torch": lambda: our_loader(root, "torch", *rest),
+        f"data.loader=torch{STRONG}": lambda: our_loader(root, "torch", *rest, strong=True),
         "torchvision DataLoader (peer)": lambda: torchvision_loader(root, *rest),
     }
 
@@ -140,6 +148,9 @@ def load_only(root: str, args: argparse.Namespace, report: Report) -> dict[str, 
         row: Row = {"loader": name, "images/s": median(values)}
         for peer in (peer for peer in made if peer.endswith("(peer)")):
             row[f"/ {peer}"] = timing.spread([a / b for a, b in zip(values, rates[peer])]) if peer != name else None
+        if name.endswith(STRONG):
+            plain = rates[name.removesuffix(STRONG)]
+            row["/ recipe=paper"] = timing.spread([a / b for a, b in zip(values, plain)])
         rows.append(row)
     report.table(
         "Loading only", rows, f"Batches of {args.batch}, random resized crops of {args.side}, {args.workers} workers."
@@ -166,7 +177,9 @@ def together(root: str, loading: dict[str, float], args: argparse.Namespace, rep
         bare(model, Batch(images, batch.targets.to(args.device), args.batch), optimizer)()
 
     made: dict[str, Callable[[], Source]] = {"synthetic": lambda: (itertools.repeat(synthetic), lambda: None)}
-    made |= {name: make for name, make in sources(root, args).items() if name.startswith("data.")}
+    made |= {
+        name: make for name, make in sources(root, args).items() if name.startswith("data.") and STRONG not in name
+    }
     rates: timing.Samples = {name: [] for name in made}
     for _ in range(max(1, args.repeats // 2)):
         for name in made:
