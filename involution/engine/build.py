@@ -168,7 +168,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
-        return instantiate({**config, "_partial_": True})(groups)
+        return instantiate({**config, "_partial_": True, "_convert_": "all"})(groups)
     except (TypeError, InstantiationException) as error:
         raise UserError(
             f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command "
