@@ -8,9 +8,9 @@ from reliability import command, kill, lines, outcome, saved_step, train, wait_u
 from involution.weights.run_file import read
 
 EVERYTHING = [
-    "recipe=rsb_a1", "model.drop_path_rate=0", "optimizer.lr=0.002", "schedule.warmup_epochs=0", "train.layer_decay=0.9",
-    "augmentation.erasing=0.5", "augmentation.color_jitter=0.4", "train.max_steps=4", "train.checkpoint_every_steps=1",
-    "train.keep_checkpoints=9",
+    "recipe=rsb_a1", "model.drop_path_rate=0", "optimizer.lr=0.002", "schedule.warmup_epochs=0",
+    "train.layer_decay=0.9", "augmentation.erasing=0.5", "augmentation.color_jitter=0.4", "train.max_steps=4",
+    "train.checkpoint_every_steps=1", "train.keep_checkpoints=9",
 ]  # fmt: skip
 
 
