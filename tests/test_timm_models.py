@@ -13,13 +13,14 @@ from involution.export import export_program, save_safetensors
 from involution.loading import open_checkpoint
 from involution.models import from_timm
 from involution.models.bottleneck import drop_path
+from involution.visualize import find_layer
 from involution.weights.run_file import digest, read
 
 # the settings of reliability.py, with sizes left to the model where a test wants that
 SMALL = [word for word in SETTINGS if not word.startswith(("model=", "data.train", "data.val", "train.ema"))]
 SIZES = ["data.train_size=32", "data.val_size=32", "data.val_resize=32"]
 FAMILIES = {
-    "resnet10t": [*SIZES, "model.in_chans=1"],
+    "resnet10t": [*SIZES, "model.in_chans=1", "model.convert={kernel_size: 3, skip: [conv1]}"],
     "convnext_atto": [*SIZES, "model.options={drop_path_rate: 0.1}", "train.freeze=[stem]"],
     "vit_tiny_patch16_224": ["model.options={img_size: 32}"],
     "efficientnet_lite0": SIZES,
@@ -64,6 +65,7 @@ def test_a_family_trains_evaluates_loads_and_leaves_as_safetensors(name, runs, i
 
     opened, classifier = open_checkpoint(run), involution.load(run)
     assert classifier.class_names == ("a", "b", "c")
+    assert (find_layer(classifier.model) is not None) == ("convert" in str(FAMILIES[name])), "heat maps of involutions"
     pixels = torch.randn(2, classifier.model.in_chans, 32, 32)
     save_safetensors(opened.model, tmp_path, opened.class_names, preparation=data, arguments=opened.arguments)
     again = involution.load(tmp_path / "model.safetensors")
