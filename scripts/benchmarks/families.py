@@ -17,14 +17,16 @@ FAMILIES = (
 )  # fmt: skip
 
 
-def names(quick: bool) -> tuple[str, str, list[str]]:
+def names(args: argparse.Namespace) -> tuple[str, str, list[str]]:
     """ResNet, RedNet, and the families' networks."""
-    return ("resnet26", "rednet26", ["standalone_resnet26"]) if quick else ("resnet50", "rednet50", [*FAMILIES])
+    if args.quick:
+        return "resnet26", "rednet26", ["standalone_resnet26"]
+    return "resnet50", "rednet50", args.attention or [*FAMILIES]
 
 
 def inference(args: argparse.Namespace) -> list[Row]:
     """One image at a time."""
-    *bases, others = names(args.quick)
+    *bases, others = names(args)
     x = images(1, args.side, args.device, DTYPES[args.dtype])
     cases: dict[str, Call] = {}
     for name in (*bases, *others):
@@ -41,8 +43,8 @@ def inference(args: argparse.Namespace) -> list[Row]:
 
 
 def training(args: argparse.Namespace, report: Report) -> None:
-    """A table of training steps, a row a network; the Stand-Alone one also on the backend that unfolds."""
-    *bases, others = names(args.quick)
+    """A table of training steps, a row a network; the first family's also on the backend that unfolds."""
+    *bases, others = names(args)
     fast, ours = "triton" if args.device == "cuda" else "cpu", others[0]
     unfold = f"{ours}, unfold"
     cases = {name: forced(fast, training_step(name, args.train_batch, args)) for name in (*bases, *others)}

@@ -105,13 +105,13 @@ def peak_memory(name: str, batch: int, side: int, device: str, dtype: str) -> fl
 def run(args: argparse.Namespace, report: Report) -> None:
     if args.quick:
         args.depth, args.batch, args.train_batch, args.side, args.compile = [26], [1], 2, 32, False
-    fill_heap(0.1 if args.quick else 4)
+    fill_heap(0.1 if args.quick else max(*args.batch, args.train_batch) / 4)
     parts = {"inference", "training", "memory", "breakdown"} if args.only is None else {args.only}
     settings = f"{args.side} x {args.side}, {args.dtype}, channels_last"
     names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
     if parts & {"inference", "breakdown"}:
         variants = {name: inference_variants(name, args) for name in names}
-    others = families.inference(args) if args.attention and "inference" in parts else []
+    others = families.inference(args) if args.attention is not None and "inference" in parts else []
     if "inference" in parts:
         rows = [inference(depth, batch, args, variants) for batch in args.batch for depth in args.depth]
         note = "eager; folded: by involution.fold; compiled: inductor with freezing, of the folded model."
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
         note = "Forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one operator."
         report.table(f"Training step, {settings}", rows, note)
-        if args.attention:
+        if args.attention is not None:
             families.training(args, report)
     if "memory" in parts:
         memory(args, report)
@@ -160,7 +160,9 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="training in bf16 is autocast (default fp32)")
     parser.add_argument("--only", choices=("inference", "training", "memory", "breakdown"), help="default: all four")
-    parser.add_argument("--attention", action="store_true", help="the self-attention networks as well")
+    parser.add_argument(
+        "--attention", nargs="*", metavar="NAME", help="self-attention networks as well (default: one a family)"
+    )
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled inference out")
     parser.add_argument(
         "--compile-training", action="store_true", help="compiled training steps as well (minutes each)"
