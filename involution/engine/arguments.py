@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, Quote
 from hydra.errors import HydraException
 
 from involution.engine.config import DataConfig, EvalConfig, TrainConfig
+from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
 
 # by the last part of the key: data.root, model.backbone.pretrained and hydra.launcher.partition are text as well
@@ -33,6 +34,8 @@ def keep_text(arguments: Sequence[str]) -> list[str]:
     A comma separates values, as in Hydra, but not where that would cut a path which exists; without -m, where several
     values are not possible, it is text too when the value is outside Hydra's grammar in any case.
     """
+    if keyless := [argument for argument in arguments if re.match(r"\s*=.*\S", argument)]:
+        raise UserError(f"{keyless[0]} has no key in front of the =; it should be KEY=VALUE")
     sweeping = bool({"-m", "--multirun"} & set(arguments))
     return [_keep(argument, sweeping) for argument in arguments]
 
@@ -102,10 +105,17 @@ def explain(argument: str, arguments: Sequence[str]) -> str:
             return f"{argument}: no blanks around the =, please: {argument}=VALUE"
         whole = f"; if it belongs to the one before, put both in quotes: '{before} {argument}'" if before else ""
         return f"{argument} should be KEY=VALUE{whole}"
+    if key != key.strip() and parse(f"{key.strip()}=1") is not None:
+        return f"{argument}: no blanks around the =, please: {key.strip()}={value.strip() or 'VALUE'}"
     if parse(f"{key}=1") is None:
         return f"{argument}: {key} cannot be a key; keys have letters from a to z, digits, _ and ."
     if value.rstrip().endswith(","):
         return f"{argument}: there is nothing after the last comma"
+    for opening, closing in ("[]", "{}"):
+        if value.startswith(opening) and not value.endswith(closing):
+            return f"{argument}: the {opening} is not closed: '{key}={value}{closing}'"
+    if value.startswith("(") and value.endswith(")") and parse(f"{key}=[{value[1:-1]}]"):
+        return f"{argument}: lists are written in brackets: '{key}=[{value[1:-1]}]'"
     strange = "".join(dict.fromkeys(c for c in value if not c.isascii() or c in "=()[]{}'\"#&^<>;!~`"))
     strange = "=" if "=" in strange else strange.strip("[]") or strange
     outside = "" if strange.isascii() else ", for letters outside ASCII"

@@ -5,8 +5,10 @@ read or a GPU touched.
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -146,7 +148,9 @@ def validate(config: DictConfig, schema: type) -> Any:
     except OmegaConfBaseException as error:
         key = error.full_key or error.key or ""
         known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
-        raise UserError(f"{key}: {str(error).splitlines()[0]}{hint(known) or _other_recipe(key)}") from error
+        known = [name for name in known if name != str(error.key)]  # there the value is wrong
+        what = f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+        raise UserError(f"{what}{hint(known) or _other_recipe(key)}") from error
     if missing:
         raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
     for key, allowed in CHOICES.items():
@@ -157,9 +161,12 @@ def validate(config: DictConfig, schema: type) -> Any:
             )
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
-    for key in ("model.name", "name", "checkpoint"):  # recipe=finetune has no weights of its own to start from
+    for key in ("model.name", "name", "checkpoint", "output_root"):  # recipe=finetune has no weights of its own
         if OmegaConf.select(typed, key) == "":
-            raise UserError(f"{key} is not set; give it as {key}={'PATH' if key == 'checkpoint' else 'NAME'}")
+            raise UserError(f"{key} is not set; give it as {key}={'NAME' if key.endswith('name') else 'PATH'}")
+    name = PurePath(OmegaConf.select(typed, "name") or "")
+    if name.is_absolute() or ".." in name.parts:
+        raise UserError(f"name={name} should be the name of a folder inside output_root; set that for another place")
     if schema is TrainConfig and "mean" in typed.data:  # detectors normalise by themselves
         check_channels(typed.model.get("in_chans", 3), typed.data.mean, typed.data.std)
     return OmegaConf.to_object(typed)
@@ -197,8 +204,10 @@ def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -
                 f"data.{key}={list(values)} should have a value for each of the model's channels, {channels} "
                 f"(model.in_chans): for example data.{key}={str(fitting).replace(' ', '')}"
             )
-    if not all(value > 0 for value in std):
-        raise UserError(f"data.std={list(std)} should be greater than 0: pictures are divided by it")
+    if not all(0 < value < math.inf for value in std):
+        raise UserError(f"data.std={list(std)} should be greater than 0, and finite: pictures are divided by it")
+    if not all(map(math.isfinite, mean)):
+        raise UserError(f"data.mean={list(mean)} should be finite: it is subtracted from pictures")
 
 
 def _other_recipe(key: str) -> str:
@@ -212,8 +221,10 @@ def _check_range(key: str, value: Any, low: float, high: float | None) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{key}={value} should be a number")
-    if not low <= value <= (float("inf") if high is None else high):
-        raise UserError(f"{key}={value} should be {f'at least {low}' if high is None else f'between {low} and {high}'}")
+    if not math.isfinite(value) or not low <= value <= (math.inf if high is None else high):
+        finite = "" if math.isfinite(value) else "finite and "
+        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise UserError(f"{key}={value} should be {finite}{bounds}")
 
 
 def given(overrides: Iterable[str]) -> set[str]:
