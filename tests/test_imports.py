@@ -10,7 +10,8 @@ ORDER = [
     "involution.checks", "involution.cache", "involution.ops", "involution.unwatched", "involution.attention",
     "involution.kernel_generation", "involution.layers", "involution.sequence", "involution.calls",
     "involution.complexity", "involution.folding", "involution.weights", "involution.conversion", "involution.models",
-    "involution.visualize", "involution.dense", "involution.loading", "involution.export", "involution", "data", "involution.engine",
+    "involution.visualize", "involution.dense", "involution.loading", "involution.export", "involution", "data",
+    "involution.engine",
     "hydra_plugins", "scripts", "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
