@@ -13,6 +13,7 @@ if [ $# -lt 1 ] || [ ! -d "$1/train" ] || [ ! -d "$1/val" ]; then
 fi
 FOLDER=$(realpath "$1") OUT=${2:-gpu-out} DEADLINE=$((SECONDS + 60 * ${MINUTES:-30}))
 mkdir -p "$OUT" || exit 2
+python -c 'import torch' 2> /dev/null || { echo "python has no torch here: source .venv/bin/activate first" >&2; exit 2; }
 python scripts/gpu/checks.py machine --out "$OUT/machine.json" || exit 2
 
 # step NAME SECONDS COMMAND...: run it unless it has succeeded before, for as long as there is time

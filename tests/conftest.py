@@ -1,5 +1,6 @@
 """Shared fixtures: real images."""
 
+import logging
 import os
 import shutil
 import tarfile
@@ -12,8 +13,13 @@ from involution.ops import build
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> None:
+def _fresh_process() -> None:
+    """One thread, and the log as it is before a program has set it up, whatever ran here before."""
     torch.set_num_threads(1)
+    log = logging.getLogger("involution")
+    log.handlers.clear()
+    log.setLevel(logging.NOTSET)
+    log.propagate = True
 
 
 LEVELS = ("plain", "AVX2", "AVX512")

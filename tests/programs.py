@@ -56,6 +56,7 @@ def python(*arguments: str, timeout: float = 600, **environment: str) -> Finishe
 def in_process(program: str, *arguments: str) -> Finished:
     """Run a program here, where a process of its own would show nothing more: it costs seconds of imports."""
     output, errors, status = io.StringIO(), io.StringIO(), 0
+    logging.getLogger("involution").handlers.clear()  # of an earlier call
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with (
         redirect_stdout(output),
@@ -69,10 +70,6 @@ def in_process(program: str, *arguments: str) -> Finished:
             status = int(leave.code or 0)
         finally:
             GlobalHydra.instance().clear()
-            log = logging.getLogger("involution")
-            log.handlers.clear()
-            log.setLevel(logging.NOTSET)
-            log.propagate = True
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return _finished(status, output.getvalue(), errors.getvalue())

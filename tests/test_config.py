@@ -64,7 +64,13 @@ def test_the_default_is_the_paper():
     assert optimizer == {
         "_target_": "torch.optim.SGD", "lr": 0.8, "momentum": 0.9, "nesterov": False, "weight_decay": 1e-4,
     }  # fmt: skip
-    assert found.schedule == {"name": "cosine", "warmup_epochs": 0, "warmup_start": 0.25, "min_lr": 0.0}
+    assert found.schedule == {
+        "name": "cosine",
+        "warmup_epochs": 0,
+        "warmup_steps": None,
+        "warmup_start": 0.25,
+        "min_lr": 0.0,
+    }
     assert tuple(found.augmentation.scale) == (0.08, 1.0)
     assert tuple(found.augmentation.ratio) == pytest.approx((3 / 4, 4 / 3))
     assert found.augmentation.hflip == 0.5

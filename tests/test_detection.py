@@ -108,13 +108,13 @@ def test_files_are_as_the_benchmarks_server_takes_them_and_as_own_pictures_give(
 def test_a_detector_of_other_classes_is_a_start(run):
     told = yaml.safe_load((run / "config.yaml").read_text())
     there, fresh = (read(run / "checkpoints" / "last.pt")["model"], create_model(**told["model"] | {"num_classes": 3}))
-    start_from(fresh, str(run), DetectionData(**told["data"]), ["red", "blue", "green"])
+    start_from(fresh, told["model"], str(run), DetectionData(**told["data"]), ["red", "blue", "green"])
     own = fresh.state_dict()
     assert torch.equal(own["regions.box_head.fc6.weight"], there["regions.box_head.fc6.weight"])
     assert own["regions.box_predictor.cls_score.weight"].shape == (4, 32)
     assert own["regions.mask_predictor.mask_fcn_logits.bias"].shape == (4,)
     same = create_model(**told["model"])
-    start_from(same, str(run), DetectionData(**told["data"]), ["blue", "red"])  # in COCO's order of ids
+    start_from(same, told["model"], str(run), DetectionData(**told["data"]), ["blue", "red"])  # in COCO's order of ids
     assert all(torch.equal(value, there[key]) for key, value in same.state_dict().items())
 
 

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import logging
 import pickle
 import sys
 import types
@@ -132,7 +133,8 @@ def elsewhere(model, tmp_path, monkeypatch) -> Path:
     return file
 
 
-def test_published_weights_are_downloaded_once_and_serve_everywhere(model, elsewhere, tmp_path, capsys):
+def test_published_weights_are_downloaded_once_and_serve_everywhere(model, elsewhere, tmp_path, capsys, caplog):
+    caplog.set_level(logging.WARNING, "involution")  # as in a library, where nobody has set up a log
     assert same(involution.create_model("rednet26", pretrained=True).state_dict(), model.state_dict())
     told = capsys.readouterr().err
     assert "100%" in told, "a progress bar"

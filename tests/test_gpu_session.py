@@ -1,7 +1,9 @@
 """What scripts/gpu_session.sh runs, as far as a CPU allows, and the page that is made of it."""
 
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,7 @@ def test_other_weights_are_not_the_same_bits(session: Path, capsys: pytest.Captu
 def test_the_session_says_that_there_is_no_gpu(session: Path) -> None:
     run = subprocess.run(
         ["bash", "scripts/gpu_session.sh", str(session / "photos"), str(session / "out")],
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
     )

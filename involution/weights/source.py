@@ -66,7 +66,7 @@ def _tell(name: str, published: Published, path: Path) -> None:
         f"{name}: weights of {published.origin} ({published.url}), licence {published.licence}; top-1 on ImageNet as "
         f"published: {published.top1} %; the file is {path}"
     )
-    if log.isEnabledFor(logging.INFO):
+    if log.isEnabledFor(logging.INFO) and log.hasHandlers():
         log.info(told)
     elif os.environ.get("RANK", "0") == "0":  # in a library nobody has set up a log, and an origin should be seen
         print(told, file=sys.stderr)
