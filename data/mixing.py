@@ -85,7 +85,7 @@ def _log_gamma(shape: float, numbers: Iterator[float]) -> float:
     d = shape + 1 - 1 / 3
     c = 1 / math.sqrt(9 * d)
     while True:
-        normal = math.sqrt(-2 * math.log(1 - next(numbers))) * math.cos(2 * math.pi * next(numbers))
-        v = (1 + c * normal) ** 3
-        if v > 0 and math.log(1 - next(numbers)) < normal**2 / 2 + d - d * v + d * math.log(v):
+        z = sampling.normal(next(numbers), next(numbers))
+        v = (1 + c * z) ** 3
+        if v > 0 and math.log(1 - next(numbers)) < z**2 / 2 + d - d * v + d * math.log(v):
             return math.log(d * v) + boost

@@ -6,7 +6,6 @@ RandAugment (Cubuk et al., 2020) by torchvision's and by timm's definition, Triv
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from PIL import Image
 
 from data import image_ops as ops
 from data.image_ops import Fill, Operation
+from data.sampling import normal
 
 
 class Policy(Protocol):
@@ -159,8 +159,7 @@ class TimmRandAugment:
         for i in range(0, self.draws, 5):
             which, applied, radius, angle, sign = draw[i : i + 5]
             if applied < self.probability:
-                normal = math.sqrt(-2 * math.log(1 - radius)) * math.cos(2 * math.pi * angle)
-                share = min(max(self.magnitude + self.std * normal, 0.0), 10.0) / 10
+                share = min(max(self.magnitude + self.std * normal(radius, angle), 0.0), 10.0) / 10
                 image = self.apply(image, choose(TIMM, which), share, sign < 0.5)
         return image
 

@@ -50,6 +50,11 @@ def uniforms(seed: int, index: int, count: int) -> np.ndarray:
     return _words(seed, 0, _PLAIN, np.array([index]), -(-count // 4))[0, :count].astype(np.float64) / 2.0**32
 
 
+def normal(radius: float, angle: float) -> float:
+    """A normal number of two in [0, 1) (Box and Muller, 1958)."""
+    return math.sqrt(-2 * math.log(1 - radius)) * math.cos(2 * math.pi * angle)
+
+
 def batch_uniforms(seed: int, epoch: int, position: int) -> np.ndarray:
     """(128,) numbers in [0, 1) for the micro-batch that begins at a position of an epoch."""
     return _words(seed, epoch, _MIX, np.array([position]), 32)[0].astype(np.float64) / 2.0**32

@@ -58,10 +58,14 @@ class Row(NamedTuple):
     paper: tuple[float, float] | None  # parameters in M (of detectors the trainable ones) and FLOPs in G
 
 
+def paper_size(name: str) -> tuple[int, int, int]:
+    """(3, H, W) of the images that a model's FLOPs are counted for."""
+    return (3, 1024, 2048) if name in ("semantic_fpn", "upernet") else (3, 800, 1280)
+
+
 def measure(name: str, backbone: str, paper: tuple[float, float] | None = None, **options: Any) -> Row:
     """Count one model on the meta device."""
-    dense = name in ("semantic_fpn", "upernet")
-    size = (3, 1024, 2048) if dense else (3, 800, 1280)
+    dense, size = name in ("semantic_fpn", "upernet"), paper_size(name)
     stem = {}
     if backbone.startswith("rednet") and options["neck"] == "convolution" and not dense:
         stem = {"stem_kernel_size": 3}

@@ -57,11 +57,14 @@ class Run:
         """Of the model at the run's own size of pictures, or if it is dense at the paper's."""
         model = without_weights(self.config["model"])
         if self.is_dense:
-            height, width = (1024, 2048) if model["name"] in ("semantic_fpn", "upernet") else (800, 1280)
+            from dense_table import paper_size  # and torchvision, which other runs do without
+
+            size = paper_size(model["name"])
         else:
-            height = width = self.config["data"]["val_size"]
+            side = self.config["data"]["val_size"]
+            size = (3, side, side)
         with torch.device("meta"):
-            return count(create_model(**model), (3, height, width))
+            return count(create_model(**model), size)
 
 
 def find_runs(folders: list[Path]) -> list[Run]:

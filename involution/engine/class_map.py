@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data import Batch, ImageList
 from data.folder import list_folder
-from involution.engine.distributed import World, sum_over_ranks
+from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.tasks.classification import Accuracy
 
@@ -44,12 +44,10 @@ class MappedAccuracy(Accuracy):
         hits = right.gather(1, best)
         loss = -logits.log_softmax(1).masked_fill(~right, -torch.inf).logsumexp(1)
         sums = (labelled.sum(), loss[labelled].sum(), hits[:, 0].sum(), hits.any(1).sum())
-        counts = torch.stack([logits.new_full((), batch.valid), *sums]).double()
-        self.counts = counts if self.counts is None else self.counts + counts
+        self.sum_up(logits.new_full((), batch.valid), *sums)
 
     def finish(self, world: World) -> dict[str, Any]:
-        assert self.counts is not None, "a loader yields at least one (possibly all padding) batch"
-        n, labelled, loss, top1, top5 = sum_over_ranks(self.counts).tolist()
+        n, labelled, loss, top1, top5 = self.totals()
         scores = {"loss": loss / labelled, "top1": 100 * top1 / labelled, "top5": 100 * top5 / labelled}
         return scores | {"n": round(n), "labelled": round(labelled)}
 

@@ -74,7 +74,7 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
     if len(checkpoints) > 1 and config.predictions is not None:
         raise UserError("predictions= is of one checkpoint; give them one by one")
     if config.results is not None:
-        check_table("results", config.results)
+        output_file("results", config.results, ".csv")
     for checkpoint in checkpoints:
         one = dataclasses.replace(config, checkpoint=checkpoint)
         with user_input():
@@ -93,11 +93,15 @@ def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
         table.writerows({key: value for key, value in each.items() if key != "classes"} for each in results)
 
 
-def check_table(key: str, name: str) -> Path:
-    """The path of a table to be written; refused before anything is computed."""
+def output_file(key: str, name: str, ending: str) -> Path:
+    """The path of a file to be written; refused before anything is computed.
+
+    Raises:
+        UserError: it ends otherwise, or its folder does not exist.
+    """
     path = Path(name)
-    if path.suffix != ".csv" or not path.absolute().parent.is_dir():
-        raise UserError(f"{key} is {name}; it should be a .csv file in a folder that exists")
+    if path.suffix != ending or not path.absolute().parent.is_dir():
+        raise UserError(f"{key} is {name}; it should be a {ending} file in a folder that exists")
     return path
 
 

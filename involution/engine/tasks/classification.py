@@ -17,7 +17,7 @@ from involution.engine.augmentation import AugmentationConfig
 from involution.engine.config import DataConfig, EvalConfig, TrainConfig
 from involution.engine.distributed import World, gather_objects, sum_over_ranks
 from involution.engine.errors import UserError
-from involution.engine.load import check_table
+from involution.engine.load import output_file
 from involution.engine.tasks.classified_pictures import ClassifiedPictures
 from involution.engine.tasks.heat_maps import HeatMaps
 from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
@@ -66,12 +66,20 @@ class Accuracy:
         targets = batch.targets[: batch.valid]
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         sums = (cross_entropy(logits, targets, reduction="sum"), ranked[:, :1].sum(), ranked.sum())
-        counts = torch.stack([logits.new_full((), batch.valid), *sums]).double()
-        self.counts = counts if self.counts is None else self.counts + counts
+        self.sum_up(logits.new_full((), batch.valid), *sums)
+
+    def sum_up(self, *counts: Tensor) -> None:
+        """Add the counts of a batch to those of the batches before."""
+        added = torch.stack(counts).double()
+        self.counts = added if self.counts is None else self.counts + added
+
+    def totals(self) -> list[float]:
+        """The counts of all batches of all ranks."""
+        assert self.counts is not None, "a loader yields at least one (possibly all padding) batch"
+        return sum_over_ranks(self.counts).tolist()
 
     def finish(self, world: World) -> dict[str, Any]:
-        assert self.counts is not None, "a loader yields at least one (possibly all padding) batch"
-        n, loss, top1, top5 = sum_over_ranks(self.counts).tolist()
+        n, loss, top1, top5 = self.totals()
         return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n, "n": round(n)}
 
 
@@ -86,7 +94,7 @@ class RecordedAccuracy(Accuracy):
 
     def __init__(self, name: str, loader: EvalLoader) -> None:
         super().__init__()
-        self.path, self.loader = check_table("predictions", name), loader
+        self.path, self.loader = output_file("predictions", name, ".csv"), loader
         self.predicted: list[Tensor] = []
 
     def count(self, logits: Tensor, batch: Batch) -> None:

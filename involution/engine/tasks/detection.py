@@ -17,6 +17,7 @@ from data.coco import CocoImages, CocoSplits
 from involution.engine.config import EvalConfig, TrainConfig
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
+from involution.engine.load import output_file
 from involution.engine.tasks.average_precision import MASK_NAMES, NAMES, Found, as_found, score
 from involution.engine.tasks.detected_pictures import DetectedGallery, DetectedPictures
 from involution.loading import Opened
@@ -168,12 +169,7 @@ def gallery(split: CocoImages, d: DetectionData) -> DetectedGallery:
 
 
 def evaluation(loader: DetectionEvalLoader, predictions: str | None) -> Detections:
-    if predictions is None:
-        return Detections()
-    path = Path(predictions)
-    if path.suffix != ".json" or not path.absolute().parent.is_dir():
-        raise UserError(f"predictions is {path}; it should be a .json file in a folder that exists")
-    return Detections(path)
+    return Detections(None if predictions is None else output_file("predictions", predictions, ".json"))
 
 
 def predictor(opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> DetectedPictures:
