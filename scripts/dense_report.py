@@ -9,7 +9,7 @@ import csv
 from statistics import mean, stdev
 
 from model_table import PAPER
-from runs import Run, settings
+from run_folders import Run, settings
 
 SCORES = {"ap": "AP", "ap50": "AP50", "ap75": "AP75", "ap_small": "AP S", "ap_medium": "AP M", "ap_large": "AP L"}
 SCORES |= {f"mask_{name}": f"mask {title}" for name, title in SCORES.items()} | {"miou": "mIoU"}

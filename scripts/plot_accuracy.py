@@ -15,7 +15,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from model_table import PAPER
-from runs import find_runs, settings
+from run_folders import find_runs, settings
 
 AXES = (("flops", "FLOPs"), ("params", "parameters"))
 

@@ -39,7 +39,7 @@ def by_folder(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
 
 def by_setting(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
     """{setting: [lines of the run of each seed]}"""
-    from runs import find_runs, settings
+    from run_folders import find_runs, settings
 
     return {name: [run.lines for run in runs] for name, runs in settings(find_runs(folders)).items()}
 

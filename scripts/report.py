@@ -20,7 +20,7 @@ from statistics import mean, median, stdev
 
 import dense_report
 from model_table import ABLATIONS, ATTENTION, PAPER
-from runs import Run, find_runs, settings
+from run_folders import Run, find_runs, settings
 
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
