@@ -14,8 +14,10 @@ from involution.ops import build
 
 @pytest.fixture(autouse=True)
 def _fresh_process() -> None:
-    """One thread, and the log as it is before a program has set it up, whatever ran here before."""
+    """One thread, and torch's switches and the log as they are before a program sets them, whatever ran here before."""
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float32)
     log = logging.getLogger("involution")
     log.handlers.clear()
     log.setLevel(logging.NOTSET)
