@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from data.bands import BY_PILLOW
 from data.datasets import DataSplits, open_dataset
 from data.decode import MAX_PIXELS, BadImageError
 from data.erasing import Erasing
@@ -25,6 +26,7 @@ __all__ = [
     "ImageList",
     "Mixing",
     "TrainLoader",
+    "check_bands",
     "dali_installed",
     "eval_loader",
     "open_dataset",
@@ -75,8 +77,9 @@ def train_loader(
         erasing: probability that a picture loses a box.
         mixing: how batches are mixed.
         repeats: copies of a sample in an epoch, each augmented apart. It has as many steps, of fewer samples.
-        mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S).
-        loader: "dali", "torch", or "auto" (dali where it is installed).
+        mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S); C values
+            other than 3: the files have C channels, and so have the batches (data.bands).
+        loader: "dali" (1 or 3 channels), "torch", or "auto" (dali where it is installed and does).
         dtype: of the images.
         device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
         workers: worker processes (torch; 0 loads in this process) or threads (dali).
@@ -142,8 +145,8 @@ def _settings(  # type: ignore[no-untyped-def]
 ) -> Settings:
     if decoder not in ("cpu", "mixed"):
         raise ValueError(f"decoder is {decoder!r}, expected 'cpu' or 'mixed'")
-    if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} should both have 3 values, or 1 for gray pictures")
+    if len(mean) != len(std) or not mean:
+        raise ValueError(f"mean {tuple(mean)} and std {tuple(std)} should both have a value for each channel")
     if workers < 0:
         raise ValueError(f"workers is {workers}, expected 0 or more")
     if max_pixels < 1:
@@ -151,6 +154,23 @@ def _settings(  # type: ignore[no-untyped-def]
     return Settings(
         images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder, max_pixels
     )
+
+
+def check_bands(channels: int, loader: str, policies: Sequence[Policy]) -> None:
+    """Check that pictures of so many channels can be loaded so.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    if channels in BY_PILLOW:
+        return
+    if loader == "dali":
+        raise ValueError(f"loader 'dali' reads pictures of 1 or 3 channels, not {channels}; use data.loader=torch")
+    if policies:
+        raise ValueError(
+            f"pictures of {channels} channels can be cropped, mirrored, erased and mixed; randaugment, trivialaugment, "
+            "three_augment and color_jitter are for colours: leave them out"
+        )
 
 
 def dali_installed() -> bool:
@@ -161,7 +181,8 @@ def _backend(loader: str, settings: Settings) -> Backend:
     """The backend by name; DALI is imported only when it is used."""
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader is {loader!r}, expected 'auto', 'dali' or 'torch'")
-    if loader == "torch" or (loader == "auto" and not dali_installed()):
+    check_bands(len(settings.mean), loader, settings.transform.policies)
+    if loader == "torch" or settings.bands is not None or not (loader == "dali" or dali_installed()):
         return TorchBackend(Pictures(settings), settings.workers, settings.device)
     if not dali_installed():
         raise ValueError("loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch")

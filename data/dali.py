@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from nvidia.dali import Pipeline, fn, types
 
-from data.decode import BadImageError, decode
+from data.decode import BadImageError
 from data.loader import Loaded, Settings, arrange
 from data.plain import plain_size
 from data.sampling import MicroBatch
@@ -107,7 +107,7 @@ class DaliBackend:
             if shape is not None and (not self.resize or transform.same_in_dali(*shape)):
                 region = transform.region(draw, *shape)
                 return _Row(np.frombuffer(data, np.uint8), *region, transform.mirror(draw), draw)
-            picture = decode(data, images.paths[index], self.settings.max_pixels)
+            picture = self.settings.picture(data, index)
             return _ready(transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw))
         except BadImageError as error:
             return error
@@ -233,7 +233,7 @@ class _Run:
             request, transform = work.request, self.settings.transform
             size = transform.size_at(request.epoch)
             bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
-            blank = _ready(torch.zeros(size, size, 3, dtype=torch.uint8))
+            blank = _ready(self.settings.blank(size))
             good, places, valid = arrange(rows, np.arange(len(rows)), request.valid, blank)
             request = request.take(places, valid)
             self._refill()

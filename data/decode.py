@@ -37,7 +37,7 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImageError(path, "the file is empty")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            check_pixels(image, max_pixels)
+            check_pixels(image.width, image.height, max_pixels)
             return image.convert("RGB")
     except UnidentifiedImageError:
         raise BadImageError(path, "Pillow cannot identify it as an image") from None
@@ -45,12 +45,12 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadImageError(path, str(error) or type(error).__name__) from error
 
 
-def check_pixels(image: Image.Image, max_pixels: int = MAX_PIXELS) -> None:
+def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """Refuse a picture that is too large, before it is unpacked.
 
     Raises:
         ValueError: it has more than `max_pixels`.
     """
-    if image.width * image.height > max_pixels:
-        size = f"{image.width} x {image.height} pixels"
+    if width * height > max_pixels:
+        size = f"{width} x {height} pixels"
         raise ValueError(f"it has {size}, more than the limit of {max_pixels} (data.max_pixels)")

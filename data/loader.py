@@ -1,6 +1,6 @@
 """What both loaders have in common: batches, positions, and rows that could not be read.
 
-Shapes: b images a batch, C channels (3, or 1 where mean and std have one value), S pixels a side.
+Shapes: b images a batch, C channels (as many as mean and std have values), S pixels a side.
 """
 
 import logging
@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data import sampling
-from data.decode import MAX_PIXELS, BadImageError
+from data.bands import BY_PILLOW, decode_bands
+from data.decode import MAX_PIXELS, BadImageError, decode
 from data.erasing import Erasing
 from data.image_list import ImageList
 from data.mixing import Mixing
@@ -47,7 +49,7 @@ class Batch(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """A batch in 8 bits, pictures (b, S, S, 3) on the device and targets (b,), and its files that could not be read.
+    """A batch: pictures (b, S, S, 3) in 8 bits, or (b, S, S, C) of many bands, on the device, targets (b,), bad files.
 
     `request` is what the rows are in the end.
     """
@@ -67,7 +69,7 @@ class Settings:
 
     images: ImageList
     transform: Transform
-    mean: tuple[float, ...]  # 3 values, or 1 for gray pictures
+    mean: tuple[float, ...]  # a value a channel
     std: tuple[float, ...]
     dtype: torch.dtype
     device: torch.device
@@ -76,6 +78,25 @@ class Settings:
     max_pixels: int = MAX_PIXELS
     erasing: Erasing | None = None
     mixing: Mixing | None = None
+
+    @property
+    def bands(self) -> int | None:
+        """The channels of pictures that are not read in colours and, at most, made gray."""
+        return None if len(self.mean) in BY_PILLOW else len(self.mean)
+
+    def blank(self, size: int) -> torch.Tensor:
+        """What stands for a picture where none can be read."""
+        return torch.zeros(size, size, self.bands or 3, dtype=torch.float32 if self.bands else torch.uint8)
+
+    def picture(self, data: bytes, index: int) -> Image.Image | torch.Tensor:
+        """The picture at `index` from the bytes of its file; of many bands as `data.bands` has it.
+
+        Raises:
+            BadImageError: it cannot be read.
+        """
+        if self.bands is None:
+            return decode(data, self.images.paths[index], self.max_pixels)
+        return decode_bands(data, self.images.paths[index], self.bands, self.max_pixels)
 
 
 class Backend(Protocol):

@@ -1,6 +1,6 @@
 """The torchvision-style loader: Pillow in the worker processes of a torch DataLoader.
 
-Shapes: b images a batch, 3 channels, S pixels a side.
+Shapes: b images a batch, S pixels a side.
 """
 
 import gc
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from data.decode import BadImageError, decode
+from data.decode import BadImageError
 from data.loader import Loaded, Settings, arrange
 from data.sampling import MicroBatch
 from data.transforms import cut
@@ -32,8 +32,7 @@ class Pictures(Dataset[Loaded]):
         draws = transform.draws(request).tolist()
         rows = [self._row(int(i), draw, size) for i, draw in zip(request.indices, draws, strict=True)]
         bad = [row for row in rows[: request.valid] if isinstance(row, BadImageError)]
-        blank = torch.zeros(size, size, 3, dtype=torch.uint8)
-        good, places, valid = arrange(rows, np.arange(len(rows)), request.valid, blank)
+        good, places, valid = arrange(rows, np.arange(len(rows)), request.valid, self.settings.blank(size))
         request = request.take(places, valid)
         targets = torch.from_numpy(images.targets[request.indices].astype(np.int64))
         # in 8 bits and, in a worker, in shared memory: a quarter of the bytes between the processes, and to a GPU
@@ -42,7 +41,7 @@ class Pictures(Dataset[Loaded]):
     def _row(self, index: int, draw: list[float], size: int) -> torch.Tensor | BadImageError:
         images, transform = self.settings.images, self.settings.transform
         try:
-            picture = decode(images.read(index), images.paths[index], self.settings.max_pixels)
+            picture = self.settings.picture(images.read(index), index)
         except BadImageError as error:
             return error  # not raised here: a DataLoader would wrap the message in a traceback of its worker
         return transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw)

@@ -1,9 +1,10 @@
 """From decoded pictures to normalised batches, as torchvision does it with Pillow; both loaders take it from here.
 
-Shapes: pictures are (H, W, 3) in 8 bits until they are normalised; S is the side of the result. A window is (top, left,
-height, width) in pixels.
+Shapes: pictures are (H, W, 3) in 8 bits until they are normalised, or (H, W, C) of many bands (data.bands); S is the
+side of the result. A window is (top, left, height, width) in pixels.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,9 +13,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from data import sampling
+from data.bands import resized
 from data.policies import Policy
 from data.sampling import MicroBatch
 
@@ -63,10 +64,8 @@ class TrainTransform:
         torch resizes four times as fast as Pillow and six times as fast as DALI, and differs from Pillow by one level
         in a thousandth of the values.
         """
-        pixels = window.permute(2, 0, 1)[None]
-        pixels = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True)
-        pixels = pixels.flip(3) if self.mirror(draw) else pixels
-        return pixels[0].permute(1, 2, 0)
+        pixels = resized(window, size, size)
+        return pixels.flip(1) if self.mirror(draw) else pixels
 
     def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:
         """The policies' work on a picture (S, S, 3)."""
@@ -113,10 +112,15 @@ class EvalTransform:
 
     def finish(self, window: torch.Tensor, draw: Sequence[float], size: int) -> torch.Tensor:
         """The decoded picture (h, w, 3) -> (S, S, 3), by Pillow itself: published weights evaluate as published."""
+        h, w, top, left = self._resized(*window.shape[:2])
+        extreme = max(h, w) > EXTREME * self.resize  # a 1 x 20000 image would need gigabytes; equal within rounding
+        y0, x0, y1, x1 = self.region(draw, *window.shape[:2])[1]
+        if window.is_floating_point():
+            if extreme:
+                return resized(window[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)], size, size)
+            return resized(window, h, w)[top : top + size, left : left + size]
         image = Image.fromarray(window.numpy())
-        h, w, top, left = self._resized(image.height, image.width)
-        if max(h, w) > EXTREME * self.resize:  # a 1 x 20000 image would need gigabytes; equal within rounding
-            _, (y0, x0, y1, x1) = self.region(draw, image.height, image.width)
+        if extreme:
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
         else:
             image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
@@ -129,8 +133,11 @@ class EvalTransform:
 Transform = TrainTransform | EvalTransform
 
 
-def cut(image: Image.Image, transform: Transform, draw: Sequence[float]) -> torch.Tensor:
-    """The window (h, w, 3) of a picture that the transform needs."""
+def cut(image: Image.Image | torch.Tensor, transform: Transform, draw: Sequence[float]) -> torch.Tensor:
+    """The window (h, w, 3) of a picture that the transform needs, or (h, w, C)."""
+    if isinstance(image, torch.Tensor):
+        top, left, height, width = transform.region(draw, *image.shape[:2])[0]
+        return image[top : top + height, left : left + width]
     top, left, height, width = transform.region(draw, image.height, image.width)[0]
     return torch.from_numpy(np.array(image.crop((left, top, left + width, top + height))))
 
@@ -145,10 +152,10 @@ def _scale_and_shift(
 
 
 def normalise(pictures: torch.Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    """(b, S, S, 3) in 8 bits -> (b, 3, S, S) of `dtype` in channels_last; mean and std in units of [0, 1].
+    """(b, S, S, C) in units of 8 bits -> (b, C, S, S) of `dtype` in channels_last; mean and std in units of [0, 1].
 
-    With one value each: (b, 1, S, S), gray as Pillow makes it of colours. Computed in float32, a row of 3 S values at a
-    time: ten times as fast as pixel by pixel.
+    With one value each: (b, 3, S, S) becomes (b, 1, S, S), gray as Pillow makes it of colours. Computed in float32, a
+    row of C S values at a time: ten times as fast as pixel by pixel.
     """
     if len(mean) == 1:
         red, green, blue = pictures.int().unbind(3)

@@ -1,6 +1,6 @@
 """A checkpoint as a ready-made classifier: the model, the preparation of its pictures, the names of its classes.
 
-Shape legend: B pictures, C channels (3, or 1 for gray), S pixels a side, N classes.
+Shape legend: B pictures, C channels (3, 1 for gray, or as many bands as the files have), S pixels a side, N classes.
 """
 
 import re
@@ -41,12 +41,12 @@ class Classifier(NamedTuple):
     """A trained model with what it takes to use it."""
 
     model: StagedNetwork  # in evaluation mode; (B, C, S, S) -> logits (B, N)
-    transform: Callable[["Image"], Tensor]  # a picture of any size and mode -> (C, S, S)
+    transform: Callable[[Any], Tensor]  # a picture of any size and mode, or bands (C, H, W) -> (C, S, S)
     class_names: tuple[str, ...]  # N of them
 
     @torch.inference_mode()
-    def predict(self, pictures: Sequence["Image"], top: int = 5) -> list[list[tuple[str, float]]]:
-        """For each picture the likeliest classes with their probabilities, the likeliest first."""
+    def predict(self, pictures: Sequence[Any], top: int = 5) -> list[list[tuple[str, float]]]:
+        """For each picture (Pillow's, or a tensor of bands) the likeliest classes with their probabilities."""
         if not self.class_names:
             raise ValueError("these weights have no classifier, so there is nothing to predict")
         device = next(self.model.parameters()).device
@@ -55,7 +55,7 @@ class Classifier(NamedTuple):
         if pixels.shape[1] != channels:
             raise ValueError(
                 f"the model's channels, {channels}, are not those of its pictures, {pixels.shape[1]}: mean and "
-                "std should have a value for each (pictures have 3, or 1 when they are made gray)"
+                "std should have a value for each"
             )
         logits = self.model(pixels)
         best = logits.float().softmax(1).topk(min(top, logits.shape[1]))
@@ -118,43 +118,40 @@ def input_channels(model: torch.nn.Module) -> int:
 
 def evaluation_transform(
     val_size: int, val_resize: int, mean: Sequence[float], std: Sequence[float]
-) -> Callable[["Image"], Tensor]:
+) -> Callable[[Any], Tensor]:
     """Short side to ``val_resize``, central crop of ``val_size``, normalisation: what evaluations do. With one value in
-    ``mean`` and ``std`` the picture is made gray.
+    ``mean`` and ``std`` the picture is made gray; with C others than three pictures are tensors (C, H, W), of 8 or 16
+    bits or in [0, 1].
 
     Raises:
         ValueError: torchvision is not installed, or there are not as many values as channels.
     """
-    if len(mean) != len(std) or len(mean) not in (1, 3):
-        raise ValueError(f"mean {list(mean)} and std {list(std)} should both have 3 values, or 1 for gray pictures")
+    if len(mean) != len(std) or not mean:
+        raise ValueError(f"mean {list(mean)} and std {list(std)} should both have a value for each channel")
     try:
         from torchvision.transforms import v2
     except ImportError as error:
         raise ValueError("preparing pictures needs torchvision: pip install torchvision") from error
-    return v2.Compose(
-        [
-            v2.Lambda(_rgb),
-            v2.Resize(val_resize),
-            v2.CenterCrop(val_size),
-            v2.Grayscale() if len(mean) == 1 else v2.Identity(),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(list(mean), list(std)),
-        ]
-    )
+
+    def without_ends(picture: Any) -> Any:
+        height, width = v2.functional.get_size(picture)
+        longest = LONGEST * min(width, height)  # 1 x 20000 resized would take gigabytes
+        if max(width, height) <= longest:
+            return picture
+        left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+        return v2.functional.crop(picture, top, left, height - 2 * top, width - 2 * left)
+
+    to_floats = v2.ToDtype(torch.float32, scale=True)
+    cropped = [v2.Lambda(without_ends), v2.Resize(val_resize), v2.CenterCrop(val_size)]
+    normalise = v2.Normalize(list(mean), list(std))
+    if len(mean) not in (1, 3):
+        return v2.Compose([to_floats, *cropped, normalise])
+    gray = v2.Grayscale() if len(mean) == 1 else v2.Identity()
+    return v2.Compose([v2.Lambda(_rgb), *cropped, gray, v2.PILToTensor(), to_floats, normalise])
 
 
 def _rgb(picture: "Image") -> "Image":
-    picture = picture.convert("RGB")
-    width, height = picture.size
-    longest = LONGEST * min(width, height)
-    if max(width, height) <= longest:
-        return picture
-    left, top = (
-        max(0, (width - longest) // 2),
-        max(0, (height - longest) // 2),
-    )  # 1 x 20000 resized would take gigabytes
-    return picture.crop((left, top, width - left, height - top))
+    return picture.convert("RGB")
 
 
 def _readable(names: list[str]) -> list[str]:

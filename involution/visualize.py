@@ -120,6 +120,15 @@ def scaled(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp_min(1e-12)
 
 
+def visible(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalised images (B, C, S, T) as colours (B, 3, S, T) in [0, 1].
+
+    Of other than one or three channels the first three are shown, or the first.
+    """
+    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
+    return (images * scale + shift).clamp(0, 1)[:, : 3 if images.shape[1] >= 3 else 1].expand(-1, 3, -1, -1)
+
+
 def heat_map_picture(
     images: Tensor, maps: Tensor, mean: Sequence[float], std: Sequence[float], groups: int = 8
 ) -> Tensor:
@@ -128,13 +137,11 @@ def heat_map_picture(
     Blue is a map's lowest value, red its highest.
 
     Args:
-        images: (B, 3, S, T), or gray ones (B, 1, S, T), normalised with `mean` and `std`, in units of [0, 1].
+        images: (B, C, S, T) normalised with `mean` and `std`, in units of [0, 1]; see `visible`.
         maps: (B, G, Ho, Wo), of which the first `groups` are shown.
     """
-    shift, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     maps = F.interpolate(scaled(maps[:, :groups]), images.shape[-2:], mode="bilinear", align_corners=False)
     colours = (1.5 - (4 * maps[:, :, None] - maps.new_tensor([3, 2, 1])[:, None, None]).abs()).clamp(0, 1)
-    shown = (images * scale + shift).clamp(0, 1).expand(-1, 3, -1, -1)
-    rows = torch.cat([shown[:, None], colours.to(images.dtype)], 1)
+    rows = torch.cat([visible(images, mean, std)[:, None], colours.to(images.dtype)], 1)
     framed = F.pad(rows, (0, 1, 0, 1), value=1.0)  # (B, 1 + groups, 3, S + 1, T + 1)
     return framed.permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)[:, :-1, :-1]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used from the checkout
 
 from data import BadImageError, exclusion, open_dataset
+from data.bands import BY_PILLOW, decode_bands
 from data.datasets import EXCLUDED
 from data.decode import MAX_PIXELS, decode
 from data.image_list import ImageList
@@ -29,22 +30,27 @@ from data.image_list import ImageList
 CHUNK = 64  # images a task
 
 
-def _bad(images: ImageList, max_pixels: int, start: int) -> list[tuple[str, str]]:
+def _bad(images: ImageList, max_pixels: int, channels: int, start: int) -> list[tuple[str, str]]:
     """(path, reason) of the images of a chunk that cannot be read."""
     warnings.simplefilter("ignore")  # Pillow's warnings are about files that it reads all the same
     found = []
     for index in range(start, min(start + CHUNK, len(images))):
         try:
-            decode(images.read(index), images.paths[index], max_pixels)
+            if channels in BY_PILLOW:
+                decode(images.read(index), images.paths[index], max_pixels)
+            else:
+                decode_bands(images.read(index), images.paths[index], channels, max_pixels)
         except BadImageError as error:
             found.append((error.path, error.reason))
     return found
 
 
-def scan(images: ImageList, workers: int, label: str, max_pixels: int = MAX_PIXELS) -> Iterator[tuple[str, str]]:
+def scan(
+    images: ImageList, workers: int, label: str, max_pixels: int = MAX_PIXELS, channels: int = 3
+) -> Iterator[tuple[str, str]]:
     """Decodes all images in `workers` processes; yields (path, reason) of the bad ones, in order."""
     with multiprocessing.Pool(workers) as pool, tqdm(total=len(images), desc=label, unit="image") as bar:
-        for found in pool.imap(partial(_bad, images, max_pixels), range(0, len(images), CHUNK)):
+        for found in pool.imap(partial(_bad, images, max_pixels, channels), range(0, len(images), CHUNK)):
             bar.update(min(CHUNK, len(images) - bar.n))
             yield from found
         pool.close()  # they end by themselves: a worker that was started with SIGTERM ignored cannot be terminated
@@ -68,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--output", type=Path, help="where to write the list (default: ROOT/excluded.txt)")
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="data.max_pixels (default: %(default)s)")
+    parser.add_argument("--channels", type=int, default=3, help="model.in_chans: the files' bands (default: 3)")
     arguments = parser.parse_args(argv)
     base = arguments.root.absolute()
     output = arguments.output or base / EXCLUDED
@@ -76,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         bad = [
             entry
             for label, images in zip(splits._fields, splits, strict=True)
-            for entry in scan(images, max(1, arguments.workers), label, arguments.max_pixels)
+            for entry in scan(images, max(1, arguments.workers), label, arguments.max_pixels, arguments.channels)
         ]
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

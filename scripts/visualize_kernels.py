@@ -17,8 +17,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `data`, which is no installed package
 from involution.engine.predict import open_picture
-from involution.loading import Classifier, load
-from involution.visualize import FIGURE3, find_layer, kernel_heat_maps, scaled
+from involution.loading import Classifier, input_channels, load
+from involution.visualize import FIGURE3, find_layer, kernel_heat_maps, scaled, visible
 
 
 def draw(shown: Tensor, maps: Tensor, title: str, out: Path, groups: int) -> list[Path]:
@@ -61,11 +61,11 @@ def visualize(arguments: argparse.Namespace) -> list[Path]:
         raise ValueError(f"{arguments.checkpoint} has no involutions, hence no kernels to show")
     if arguments.layer is None and layer != FIGURE3:
         print(f"this model has no {FIGURE3}; showing {layer}", file=sys.stderr)
-    images = torch.stack([classifier.transform(open_picture(path)) for path in arguments.images])
+    channels = input_channels(classifier.model)
+    images = torch.stack([classifier.transform(open_picture(path, channels)) for path in arguments.images])
     maps = kernel_heat_maps(classifier.model, images, layer)
-    shift, scale = (torch.tensor(v)[:, None, None] for v in normalisation(classifier))
     title = f"{layer}, {maps.shape[1]} groups, {maps.shape[2]} x {maps.shape[3]} kernels each"
-    return draw((images * scale + shift).clamp(0, 1), maps, title, arguments.out, arguments.groups)
+    return draw(visible(images, *normalisation(classifier)), maps, title, arguments.out, arguments.groups)
 
 
 def normalisation(classifier: Classifier) -> tuple[list[float], list[float]]:

@@ -91,8 +91,7 @@ class AugmentationConfig:
 def _rand_augment(value: Any, mean: Sequence[float]) -> Policy:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 30:
         return RandAugment(value)
-    colours = [*mean] * (3 // len(mean))
-    red, green, blue = (min(255, round(255 * colour)) for colour in colours)
+    red, green, blue = (min(255, round(255 * colour)) for colour in ([*mean] * 3)[:3])
     try:
         return TimmRandAugment.parse(str(value), (red, green, blue))
     except ValueError as error:

@@ -192,10 +192,9 @@ def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -
     Raises:
         UserError: with the values that would fit.
     """
-    if channels not in (1, 3):
+    if isinstance(channels, bool) or not isinstance(channels, int) or channels < 1:
         raise UserError(
-            f"model.in_chans={channels} should be 3, or 1 for gray pictures: image files have no other number "
-            "of channels (create_model takes any, for loaders of your own)"
+            f"model.in_chans={channels} should be 3, 1 for gray pictures, or the number of the files' bands"
         )
     for key, values in (("mean", mean), ("std", std)):
         if len(values) != channels:

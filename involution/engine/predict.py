@@ -9,7 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data.decode import check_pixels
+from data.bands import BY_PILLOW, decode_bands
+from data.decode import BadImageError, check_pixels
 from data.folder import EXTENSIONS
 from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
@@ -42,7 +43,7 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     predictions: Predictions = []
     step = config.batch_size or setup.EVAL_BATCH or EVAL_BATCH
     for start in range(0, len(paths), step):
-        batch = [(path, open_picture(path)) for path in paths[start : start + step]]
+        batch = [(path, open_picture(path, predictor.channels)) for path in paths[start : start + step]]
         with autocast(device, config.precision):
             found = predictor.predict(batch)
         for (path, _), prediction in zip(batch, found, strict=True):
@@ -87,16 +88,22 @@ def _inside(folder: Path) -> list[Path]:
     return found
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path, channels: int = 3) -> Any:
     """The picture in a file, in RGB. Unlike in data sets, cameras' note which side is up is obeyed.
+
+    For a model of other than 1 or 3 `channels`: its bands (C, H, W) in [0, 1].
 
     Raises:
         UserError: it cannot be read as a picture.
     """
     try:
+        if channels not in BY_PILLOW:
+            return decode_bands(path.read_bytes(), str(path), channels).permute(2, 0, 1) / 255
         with Image.open(path) as image:
-            check_pixels(image)
+            check_pixels(image.width, image.height)
             return ImageOps.exif_transpose(image).convert("RGB")
+    except BadImageError as error:
+        reason = error.reason
     except UnidentifiedImageError:
         reason = "Pillow cannot identify it as an image"
     except Exception as error:  # Pillow's plugins raise almost every type

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from involution.engine.errors import UserError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from involution.engine.config import EvalConfig, TrainConfig
     from involution.engine.distributed import World
     from involution.engine.trainer import Loader, TrainLoader
@@ -94,8 +92,9 @@ class Predictor(Protocol):
     """A model at work on pictures of the user's own (eval.py images=...)."""
 
     columns: tuple[str, ...]  # of the table that output=FILE.csv gets
+    channels: int  # of the pictures; other than 1 and 3 they are bands (C, H, W) in [0, 1]
 
-    def predict(self, pictures: Sequence[tuple[Path, Image]]) -> list[Any]:
+    def predict(self, pictures: Sequence[tuple[Path, Any]]) -> list[Any]:
         """A prediction a picture, without memory of the device."""
         ...
 

@@ -126,13 +126,15 @@ def _line(images: ImageList, index: int, guess: int) -> tuple[int, str, str, str
 
 
 def check(config: TrainConfig, world: World) -> None:
-    config.augmentation.check(config.train.batch_size, config.train.global_batch_size)
+    d, a = config.data, config.augmentation
+    a.check(config.train.batch_size, config.train.global_batch_size)
+    data.check_bands(len(d.mean), d.loader, a.policies(d.mean))
     if "library" in config.model:
         with torch.device("meta"):
             model = create_model(**without_weights(config.model))
-        sizes = config.data.train_size
+        sizes = d.train_size
         sizes = list(sizes.values()) if isinstance(sizes, dict) else [sizes]
-        from_timm.check_sizes(model, config.model, [*sizes, config.data.val_size])
+        from_timm.check_sizes(model, config.model, [*sizes, d.val_size])
 
 
 def build(config: TrainConfig) -> Classification:

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL.Image import Image
 
 from involution.checks import printable
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
 from involution.engine.predict import open_picture
-from involution.loading import Opened, as_classifier
+from involution.loading import Opened, as_classifier, input_channels
 from involution.visualize import find_layer, heat_map_picture, kernel_heat_maps
 
 log = logging.getLogger("involution")
@@ -32,11 +31,11 @@ class ClassifiedPictures:
 
     def __init__(self, opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> None:
         self.classifier = as_classifier(opened, device, **told)
-        self.layer, self.device = config.layer, device
+        self.layer, self.device, self.channels = config.layer, device, input_channels(self.classifier.model)
         if config.contact_sheet is not None and find_layer(self.classifier.model, config.layer) is None:
             raise UserError(f"contact_sheet: {config.checkpoint} has no involutions, hence no kernels to show")
 
-    def predict(self, pictures: Sequence[tuple[Path, Image]]) -> list[Classes]:
+    def predict(self, pictures: Sequence[tuple[Path, Any]]) -> list[Classes]:
         return self.classifier.predict([picture for _, picture in pictures], TOP)
 
     def text(self, path: Path, prediction: Classes) -> str:
@@ -62,7 +61,7 @@ class ClassifiedPictures:
         figure.suptitle(f"sums of the kernels of {name}, one map a group; blue is low, red high", fontsize=9)
         rows = figure.subplots(len(predictions), squeeze=False)[:, 0]
         for axes, (image, classes) in zip(rows, predictions, strict=True):
-            pixels = transform(open_picture(image))[None].to(self.device)
+            pixels = transform(open_picture(image, self.channels))[None].to(self.device)
             maps = kernel_heat_maps(model, pixels, self.layer)
             picture = heat_map_picture(pixels, maps, normalise.mean, normalise.std)
             axes.imshow(picture.permute(1, 2, 0).cpu().numpy())

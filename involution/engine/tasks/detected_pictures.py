@@ -116,6 +116,7 @@ class DetectedPictures:
     """See Predictor in this folder's __init__.py."""
 
     columns: tuple[str, ...] = ("image", "class", "score", "x0", "y0", "x1", "y1")  # a line an object
+    channels = 3
 
     def __init__(self, opened: Opened, config: EvalConfig, device: torch.device) -> None:
         self.model, self.device, self.least = opened.model.to(device).eval(), device, config.min_score

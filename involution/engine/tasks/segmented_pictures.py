@@ -52,6 +52,7 @@ class SegmentedPictures:
     """See Predictor in this folder's __init__.py. Pictures go through the model one by one, as large as they are."""
 
     columns: tuple[str, ...] = ("image", "class", "percent")  # a line for every picture and class in it
+    channels = 3
 
     def __init__(self, opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> None:
         prepared = {key: opened.data.get(key, IMAGENET.get(key)) for key in ("mean", "std", "window")} | told
