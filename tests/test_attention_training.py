@@ -1,17 +1,11 @@
 """The self-attention families through the real train.py: training, kill -9 and resuming, what is refused."""
 
-import io
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn.functional as F
-from models_common import ATTENTION
 from programs import in_process, start
 from reliability import command, kill, lines, outcome, saved_step, wait_until, write_images
-from torch import nn
 
 FEW = ["train.global_batch_size=4", "train.checkpoint_every_steps=1", "data.loader=torch"]
 LARGE = ["data.train_size=128", "data.val_size=128", "data.val_resize=128"]  # the least that SAN takes
@@ -22,20 +16,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "blobs", val=3)
 
 
-@pytest.fixture
-def _deterministic() -> Iterator[None]:
-    """What runs in this process leave behind is put back."""
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 def train(run: Path, images: Path, *overrides: str) -> None:
     ended = in_process("train.py", *command(run, images, *overrides)[2:])
     assert ended.status == 0, ended.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("_deterministic")
 def test_killed_it_resumes_and_ends_bit_equal(images: Path, tmp_path: Path) -> None:
     """In a process of its own it is killed; this one trains to the end, for imports take longer than the steps."""
     overrides = ["model=standalone_resnet26", "train.max_steps=2", *FEW]
@@ -50,32 +36,31 @@ def test_killed_it_resumes_and_ends_bit_equal(images: Path, tmp_path: Path) -> N
     assert outcome(tmp_path / "run") == outcome(tmp_path / "untouched")
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, side: int) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model.train()(torch.randn(2, 3, side, side)), torch.tensor([0, 2])).backward()
-    optimizer.step()
+FAMILIES = {  # and what its pictures have to be
+    "standalone_resnet26": [],
+    "lrnet26": [],
+    "san10_pairwise": LARGE,
+    "san10_patchwise": LARGE,
+    "aa_resnet50": ["model.image_size=32"],
+    "axial_resnet26s": ["model.image_size=32"],
+}
 
 
-@pytest.mark.parametrize("name", ATTENTION)
-def test_what_a_checkpoint_holds_is_all_there_is(name: str) -> None:
-    """The rest of kill -9: after a step, another network that gets its state goes on to the same bits."""
-    make, side = ATTENTION[name]
-    networks = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = make()
-        networks.append((model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)))
-    step(*networks[0], side)
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in networks[0]], file)
-    file.seek(0)
-    for part, state in zip(networks[1], torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for network in networks:
-        torch.manual_seed(2)
-        step(*network, side)
-    for key, value in networks[0][0].state_dict().items():
-        assert torch.equal(value, networks[1][0].state_dict()[key]), key
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_trains_and_goes_on_from_what_a_kill_leaves(name: str, images: Path, tmp_path: Path) -> None:
+    """After kill -9 in the second step there is the first one's checkpoint, and nothing that is written at the end."""
+    run = tmp_path / "run"
+    overrides = [f"model={name}", "train.max_steps=2", *FEW, *FAMILIES[name]]
+    train(run, images, *overrides)
+    untouched = outcome(run)
+    for file in ("checkpoints/step-00000002.pt", "checkpoints/last.pt", "checkpoints/best.pt", "metrics.jsonl"):
+        (run / file).unlink()
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "last.pt").symlink_to("step-00000001.pt")
+    train(run, images, *overrides)
+    assert "going on from" in (run / "train.log").read_text()
+    assert outcome(run) == untouched
 
 
 @pytest.mark.parametrize(
