@@ -64,6 +64,7 @@ def val(photos):
 
 
 def test_the_truth_scores_a_hundred(val):
+    """Complaint 9; COCO's 80 category ids have gaps."""
     assert val.crowd.any()
     scores = average_precision(val, [perfect(val, i) for i in range(len(val))], masks=True)
     assert [scores[name] for name in (*NAMES, *MASK_NAMES)] == [100.0] * 12
@@ -120,6 +121,7 @@ def _scored(val, rank, size, batch):
 
 @pytest.mark.slow
 def test_three_ranks_and_another_batch_size_give_the_same_bits(val, photos):
+    """Complaint 5, detection; n too."""
     expected = _scored(val, 0, 1, 1)
     assert expected["n"] == 25
     assert _scored(val, 0, 1, 4) == expected

@@ -57,6 +57,7 @@ def write(root, changes=None, folder="{split}", file="annotations/instances_{spl
 
 @pytest.mark.parametrize(("folder", "file"), FOLDER)
 def test_what_there_is_to_learn_from(tmp_path, folder, file):
+    """Complaints 7 and 9: what is left out, and category ids that are contiguous inside."""
     train, val = open_coco(write(tmp_path, folder=folder, file=file))
     assert val.ids.tolist() == [3, 7, 9, 11]  # evaluated: all of them
     assert train.ids.tolist() == [3, 7]  # neither the small image nor the empty one
@@ -90,8 +91,8 @@ def test_boxes_areas_and_masks_equal_pycocotools(photos):
 
 
 def test_workers_get_arrays_and_no_objects(photos):
-    """What a forked worker looks at must hold no Python object for every image or object: counting references to them
-    would copy their pages into each worker."""
+    """Complaint 10: what a forked worker looks at must hold no Python object for every image or object: counting
+    references to them would copy their pages into each worker."""
     train = open_coco(photos, COCO_LAYOUT).train
     many = train.select(np.arange(len(train)))
     assert many.fingerprint["sha256"] == train.fingerprint["sha256"]

@@ -1,4 +1,22 @@
-"""Detection trains, resumes, evaluates and predicts through the programs that classification has."""
+"""Detection trains, resumes, evaluates and predicts through the programs that classification has.
+
+What users of code for dense prediction complain of, as requirements; the docstring of a test says which it proves.
+ 1  involutions in neck and head train at the full learning rate, with no step skipped: test_detectors_learn.py
+ 2  one command pretrains a RedNet-50 with the stem of detection: here
+ 3  our requirements are enough, on the newest torch: test_install.py
+ 4  any height and width: test_detectors, test_segmentors.py
+ 5  scores are the same bits on any number of ranks: test_average_precision, test_segmentation.py
+ 6  evaluation one image at a time; larger batches warn: test_detection_data.py
+ 7  degenerate boxes are dropped and counted: test_coco, test_detectors.py
+ 8  images without objects have a finite loss and gradients: test_detectors.py
+ 9  the truth scores 100; category ids are contiguous inside and mapped back: test_average_precision, test_coco.py
+10  worker processes share arrays, not objects: test_coco.py
+11  a hundred masks of a large image never lie in memory together: test_detection_data.py
+12  one process that accumulates takes the steps of many ranks: here
+13  a configuration states loss, RoIAlign and normaliser; the ResNet-50 row is a recipe: here
+14  both encodings of Cityscapes' labels; a foreign value names its file: test_segmentation_data.py
+15  UPerNet with one image a GPU is refused: test_segmentation.py
+"""
 
 import json
 import sys
@@ -7,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from image_folders import write_squares
+from image_folders import write, write_squares
 from PIL import Image
 from programs import finish, in_process, python, start, torchrun
 from pycocotools.coco import COCO
@@ -120,7 +138,8 @@ def test_a_detector_of_other_classes_is_a_start(run):
 
 @pytest.mark.slow
 def test_one_process_that_accumulates_and_two_ranks_take_the_same_steps_and_find_the_same(squares, tmp_path):
-    """RetinaNet draws no samples, so nothing but rounding may differ in training, and nothing at all in evaluation."""
+    """Complaint 12. RetinaNet draws no samples, so nothing but rounding may differ in training, and nothing at all in
+    evaluation."""
     options = ["model=retinanet", "model.neck=involution"]
     alone = python("train.py", *words(tmp_path / "alone", squares, *options))
     assert alone.status == 0, alone.stderr
@@ -142,7 +161,24 @@ def test_one_process_that_accumulates_and_two_ranks_take_the_same_steps_and_find
     assert json.loads(evaluated.stdout.splitlines()[-1])["ap"] == both.result["val_ap"]
 
 
+def test_one_command_pretrains_the_backbone(tmp_path):
+    """Complaint 2: a RedNet-50 with the 7 x 7 stem involution; every weight but the classifier's arrives."""
+    finished = in_process(
+        "train.py", "model.stem_kernel_size=7", "name=first", "data=folder", f"data.root={write(tmp_path / 'photos')}",
+        f"output_root={tmp_path}", "device=cpu", "data.loader=torch", "data.workers=0", "data.train_size=32",
+        "data.val_size=32", "train.max_steps=1", "train.global_batch_size=2", "train.batch_size=2",
+    )  # fmt: skip
+    assert finished.status == 0, finished.stderr
+    trained = read(tmp_path / "first" / "checkpoints" / "last.pt")["model"]
+    told = config("recipe=coco", "model.neck=involution", f"model.backbone.pretrained={tmp_path / 'first'}").model
+    backbone = create_model(**told | {"num_classes": 2}).backbone.state_dict()
+    assert trained["stem.conv2.kernel_generation.span.weight"].shape[0] == 7 * 7 * 2
+    assert {key for key in trained if key not in backbone} == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, trained[key]) for key, value in backbone.items())
+
+
 def test_the_recipe_is_the_papers():
+    """Complaint 13: what a run's config.yaml says of it, and the ResNet-50 row."""
     for options, lr, warmup, clip in (
         (["model=retinanet"], 0.01, 2000, 40),
         (["model=faster_rcnn"], 0.02, 500, None),
@@ -156,6 +192,11 @@ def test_the_recipe_is_the_papers():
         assert (found.optimizer["momentum"], found.optimizer["weight_decay"]) == (0.9, 1e-4)
         assert (found.model["min_size"], found.model["max_size"]) == (800, 1333)
         assert found.model.get("num_samples", 512) == 512
+        said = {key: found.model[key] for key in ("box_loss_beta", "roi_aligned", "roi_samples") if key in found.model}
+        if found.model["name"] == "retinanet":
+            assert said | {"normalizer": found.model["normalizer"]} == {"box_loss_beta": 0, "normalizer": "batch"}
+        else:
+            assert said == {"box_loss_beta": 0, "roi_aligned": True, "roi_samples": 0}
     baseline = config("recipe=coco_baseline")
     assert baseline.model["backbone"]["name"] == "resnet50"
     assert baseline.train.clip_grad_norm is None

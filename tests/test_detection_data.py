@@ -9,6 +9,7 @@ import torch
 from image_folders import write_squares
 from PIL import Image
 from pycocotools import mask as coco_mask
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.coco_file import open_coco
 from data.detection import DetectionBatch, DetectionPictures, eval_loader, train_loader
@@ -80,6 +81,7 @@ def test_files_that_cannot_be_read_are_named_or_left_out(squares, tmp_path):
 
 
 def test_evaluation_in_batches_warns(squares, caplog):
+    """Complaint 6: one image at a time unless someone asks."""
     data = DetectionData("detection_folder", str(squares), "torch", 0, "stop")
     val, world = open_coco(squares).val, World(0, 1, torch.device("cpu"))
     setup.eval_loader(val, data, 1, world)
@@ -97,15 +99,31 @@ def test_the_loss_of_a_batch_is_its_mean_times_the_images_that_count():
         assert task.loss(lambda images, targets: losses, batch) == dict.fromkeys(losses, 3.0 * valid)
 
 
-def test_masks_of_a_large_picture_become_run_lengths():
-    boxes = torch.tensor([[10.0, 20, 50, 100], [3000, 1000, 3999.5, 2999]])
+class Largest(TorchDispatchMode):
+    """The bytes of the largest tensor that an operation returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.bytes = max(self.bytes, result.numel() * result.element_size())
+        return result
+
+
+def test_a_hundred_masks_of_a_large_picture_become_run_lengths_one_by_one():
+    """Complaint 11: at once they would be 1.2 GB of booleans, and 4.8 GB of the floats before them."""
+    boxes = torch.tensor([[10.0, 20, 50, 100], [3000, 1000, 3999.5, 2999]]).repeat(50, 1)
     result = {
-        "boxes": boxes, "scores": torch.ones(2), "labels": torch.zeros(2, dtype=torch.int64),
-        "masks": torch.ones(2, 28, 28),
+        "boxes": boxes, "scores": torch.ones(100), "labels": torch.zeros(100, dtype=torch.int64),
+        "masks": torch.ones(100, 28, 28),
     }  # fmt: skip
-    found = as_found(0, result, (3000, 4000))
+    with Largest() as largest:
+        found = as_found(0, result, (3000, 4000))
+    assert 3000 * 4000 <= largest.bytes <= 2 * 3000 * 4000
+    assert sum(map(len, found.masks)) < 200_000  # of run lengths
     areas = coco_mask.area([{"size": [3000, 4000], "counts": mask} for mask in found.masks])
-    assert areas == pytest.approx([40 * 80, 999.5 * 1999], rel=0.01)
+    assert areas == pytest.approx([40 * 80, 999.5 * 1999] * 50, rel=0.01)
 
 
 def test_drawing_shows_boxes_masks_and_names():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import grid_sample
-from torchvision.ops import roi_align
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from involution import create_model
 from involution.dense.anchors import Anchors, LowQualityMatcher
@@ -43,6 +43,7 @@ OBJECTS = [target([[10, 10, 60, 70], [20.0, 30, 20, 40]]), target([], (101, 75))
     [("retinanet", {"neck": "involution"}), ("faster_rcnn", CONVOLUTION), ("mask_rcnn", INVOLUTION)],
 )
 def test_losses_gradients_and_results(name, options):
+    """Complaints 4 (odd sizes), 7 (a box without area), 8 (no objects: finite losses, gradients for all parameters)."""
     model = detector(name, **options)
     for targets in (NOTHING, OBJECTS):
         losses = model(IMAGES, targets)
@@ -114,6 +115,8 @@ def test_regions_are_pooled_at_the_strides_of_their_levels_for_any_image():
         rois = torch.cat([torch.zeros(1), box])[None]
         wanted = roi_align(levels[level], rois, (7, 7), 1 / 2 ** int(level[1]), 0, aligned=True)
         assert torch.equal(got, wanted[0])
+    theirs = MultiScaleRoIAlign(list(levels), 7, 2)(levels, [boxes], [(512, 512)])
+    assert torch.equal(RoIAlign(7, aligned=False, samples=2)(levels, [boxes]), theirs)
 
 
 def test_low_quality_matches_need_an_overlap():
@@ -134,6 +137,25 @@ def test_losses_of_retinanet_are_divided_by_the_positives_of_the_batch():
     alone = [model.losses([x[i : i + 1] for x in levels], batch, scaled[i : i + 1])["loss_classifier"] for i in (0, 1)]
     assert positives[0] != positives[1]
     assert whole.item() == pytest.approx(sum(n * x.item() for n, x in zip(positives, alone)) / sum(positives), rel=1e-4)
+    model.retina.normalizer = "image"  # torchvision's
+    theirs = model.losses(levels, batch, scaled)["loss_classifier"]
+    assert theirs.item() == pytest.approx(sum(x.item() for x in alone) / 2, rel=1e-4)
+
+
+def test_what_a_narrow_pyramid_and_torchvisions_loss_change():
+    narrow = detector("faster_rcnn", pyramid_width=64, **CONVOLUTION)
+    assert {len(layer.weight) for layer in (*narrow.neck.lateral, *narrow.neck.output, narrow.proposals.head.conv)} == {
+        64
+    }
+    with torch.no_grad():
+        ours, theirs = {}, {}
+        for beta, losses in ((0.0, ours), (1 / 9, theirs)):
+            narrow.proposals.box_loss_beta = narrow.regions.box_loss_beta = beta
+            torch.manual_seed(1)  # of what is sampled
+            losses.update(narrow(IMAGES, OBJECTS))
+    assert theirs["loss_classifier"] == ours["loss_classifier"]
+    for name in ("loss_box_reg", "loss_rpn_box_reg"):
+        assert 0 < theirs[name] < ours[name]
 
 
 def test_images_are_resized_as_the_release_does():
@@ -177,6 +199,8 @@ def test_masks_are_cut_and_pasted_back():
         ({"name": "faster_rcnn", "plugin": "dcn"}, "ResNet"),
         ({"name": "mask_rcnn", "min_size": 2000}, "max_size"),
         ({"name": "mask_rcnn", "num_classes": 0}, "num_classes"),
+        ({"name": "mask_rcnn", "pyramid_width": 40}, "multiple of the 16"),
+        ({"name": "retinanet", "normalizer": "mean"}, "normalizer is 'mean'"),
     ],
 )
 def test_wrong_options(options, message):

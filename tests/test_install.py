@@ -85,6 +85,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def test_the_wheel_works_outside_of_the_repository(installed, tmp_path):
+    """Detectors too, without any compiled extension of others (complaint 3)."""
     torch.manual_seed(0)
     model = fitted(involution.create_model("rednet26", num_classes=4, kernel_size=3))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
@@ -97,7 +98,8 @@ def test_the_wheel_works_outside_of_the_repository(installed, tmp_path):
         "model, transform, names = involution.load('weights.pth')\n"
         "images, expected = torch.load('expected.pt')\n"
         "with torch.no_grad(): torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)\n"
-        "assert transform(Image.new('RGB', (300, 260))).shape == (3, 224, 224) and names == ('0', '1', '2', '3')"
+        "assert transform(Image.new('RGB', (300, 260))).shape == (3, 224, 224) and names == ('0', '1', '2', '3')\n"
+        "with torch.device('meta'): involution.create_model('mask_rcnn', neck='involution', head='involution')"
     )
     where = python("-c", code, cwd=tmp_path, PYTHONPATH=str(installed))
     assert Path(where.strip()).is_relative_to(installed)

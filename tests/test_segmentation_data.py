@@ -30,6 +30,7 @@ def city(tmp_path):
 
 
 def test_label_ids_and_train_ids_give_the_same_classes(city):
+    """Complaint 14."""
     mask = city / "gtFine/train/a" / ("a_0_0" + IDS)
     ids = np.arange(SIZE[0] * SIZE[1]).reshape(SIZE) % 34
     ids[0, 0] = 255  # a licence plate
@@ -49,6 +50,7 @@ def test_label_ids_and_train_ids_give_the_same_classes(city):
 
 
 def test_a_foreign_value_names_its_file(city):
+    """Complaint 14."""
     save(city / "gtFine/train/a" / ("a_1_0" + IDS), np.full(SIZE, 77))
     with pytest.raises(BadMaskError, match=r"a_1_0_gtFine_labelIds.png' has the value 77.*0-33, 255 are"):
         open_cityscapes(city)[0].read(1)

@@ -16,6 +16,7 @@ from involution.weights import load_into
     ],
 )
 def test_any_size_and_every_gradient(name, backbone, neck, losses):
+    """Complaint 4, segmentation."""
     model = create_model(name, num_classes=5, backbone={"name": backbone}, neck=neck).train()
     logits = model(torch.randn(2, 3, 33, 49))
     assert set(logits) == losses

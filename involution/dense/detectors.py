@@ -32,6 +32,9 @@ class Detector(nn.Module):
         neck: "convolution" or "involution".
         plugin: None or a block of Table 7 in the backbone (``plugins.PLUGINS``).
         min_size, max_size, image_mean, image_std: see ``Preparation``.
+        pyramid_width: channels of the pyramid's levels and of what follows them, the paper's 256 or another multiple of
+            16. Most of the work for small pictures.
+        box_loss_beta: below which difference the boxes' loss is a square. 0 is the paper's L1, torchvision has 1/9.
 
     In training a model maps (images, targets) to a dictionary of losses, means over the batch; in evaluation images to
     a list of results. Images are tensors (3, H, W), uint8 or float in [0, 1], of any sizes and on any device; boxes are
@@ -58,9 +61,12 @@ class Detector(nn.Module):
         max_size: int,
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        pyramid_width: int,
     ) -> None:
         super().__init__()
-        check_positive(num_classes=num_classes)
+        check_positive(num_classes=num_classes, pyramid_width=pyramid_width)
+        if pyramid_width % 16:
+            raise ValueError(f"pyramid_width is {pyramid_width}; it should be a multiple of the 16 channels of a group")
         for argument, value in {"neck": neck, "head": head}.items():
             if value not in NECKS:
                 raise ValueError(f'{argument} is {value!r}; it should be "convolution" or "involution"')
@@ -69,7 +75,7 @@ class Detector(nn.Module):
         self.backbone = build_backbone(backbone, freeze=1, norm_eval=True)
         if plugin is not None:
             plugins.add(self.backbone, plugin)
-        self.neck = FeaturePyramid(LEVELS[self.first :], neck, self.extra)
+        self.neck = FeaturePyramid(LEVELS[self.first :], neck, self.extra, pyramid_width)
 
     def forward(self, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]] | None = None) -> Any:
         batch = self.preparation(images)
@@ -107,7 +113,11 @@ class Detector(nn.Module):
 
 
 class RetinaNet(Detector):
-    """RetinaNet; with RedNet-50 27.8 M trainable parameters and 38.3 AP in the paper."""
+    """RetinaNet; with RedNet-50 27.8 M trainable parameters and 38.3 AP in the paper.
+
+    Args:
+        normalizer: see ``Retina``.
+    """
 
     extra, first = "convolution", 1
     classifiers = ("retina.head.classification_head.cls_logits",)
@@ -123,11 +133,15 @@ class RetinaNet(Detector):
         max_size: int = 1333,
         image_mean: Sequence[float] = MEAN,
         image_std: Sequence[float] = STD,
+        pyramid_width: int = CHANNELS,
+        box_loss_beta: float = 0.0,
+        normalizer: str = "batch",
     ) -> None:
         if head == "involution":
             raise ValueError('head is "involution"; RetinaNet\'s head has convolutions alone: head="convolution"')
-        super().__init__(num_classes, backbone, neck, head, plugin, min_size, max_size, image_mean, image_std)
-        self.retina = Retina(num_classes)
+        sizes = (min_size, max_size, image_mean, image_std)
+        super().__init__(num_classes, backbone, neck, head, plugin, *sizes, pyramid_width)
+        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer)
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.retina.losses(levels, targets)
@@ -148,6 +162,8 @@ class FasterRCNN(Detector):
         num_proposals: of an image that get a class. The paper's 1000 are most of the work for small pictures.
         num_samples: of them that are learned from.
         box_width: of the box head's two hidden layers; 13.9 M of the paper's parameters.
+        roi_aligned, roi_samples: RoIAlign's half-pixel shift, and its samples along a side of a pixel; 0: as many as
+            there are pixels below it. torchvision has False and 2.
     """
 
     extra, first, has_masks = "subsample", 0, False
@@ -164,14 +180,22 @@ class FasterRCNN(Detector):
         max_size: int = 1333,
         image_mean: Sequence[float] = MEAN,
         image_std: Sequence[float] = STD,
+        pyramid_width: int = CHANNELS,
+        box_loss_beta: float = 0.0,
         num_proposals: int = 1000,
         num_samples: int = 512,
         box_width: int = 1024,
+        roi_aligned: bool = True,
+        roi_samples: int = 0,
     ) -> None:
-        super().__init__(num_classes, backbone, neck, head, plugin, min_size, max_size, image_mean, image_std)
+        sizes = (min_size, max_size, image_mean, image_std)
+        super().__init__(num_classes, backbone, neck, head, plugin, *sizes, pyramid_width)
         check_positive(num_proposals=num_proposals, num_samples=num_samples, box_width=box_width)
-        self.proposals = Proposals(head, num_proposals)
-        self.regions = Regions(num_classes, head, self.has_masks, num_samples, box_width)
+        self.proposals = Proposals(head, num_proposals, pyramid_width, box_loss_beta)
+        widths = (box_width, pyramid_width)
+        self.regions = Regions(
+            num_classes, head, self.has_masks, num_samples, *widths, box_loss_beta, roi_aligned, roi_samples
+        )
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         targets = [target | {"labels": target["labels"] + 1} for target in targets]  # 0 is the background inside
@@ -188,10 +212,11 @@ class FasterRCNN(Detector):
     def forward_fixed(self, images: Tensor) -> list[Tensor]:
         levels = self.neck(self.backbone(images))
         objectness, deltas = self.proposals.head(levels)
-        pooled = levels[0].new_zeros(1000, CHANNELS, BOX, BOX)
+        width = levels[0].shape[1]
+        pooled = levels[0].new_zeros(1000, width, BOX, BOX)
         outputs = [*objectness, *deltas, *self.regions.box_predictor(self.regions.box_head(pooled))]
         if self.has_masks:
-            pooled = levels[0].new_zeros(100, CHANNELS, MASK, MASK)
+            pooled = levels[0].new_zeros(100, width, MASK, MASK)
             outputs.append(self.regions.mask_predictor(self.regions.mask_head(pooled)))
         return outputs
 

@@ -28,12 +28,12 @@ def init_kaiming(module: nn.Module) -> nn.Module:
 class ProposalHead(nn.Module):
     """Objectness and box deltas of the anchors at each pixel; one and the same layers for all levels."""
 
-    def __init__(self, head: str, anchors: int) -> None:
+    def __init__(self, head: str, anchors: int, width: int) -> None:
         super().__init__()
-        self.conv = spatial_layer(head, "head")
+        self.conv = spatial_layer(head, "head", width)
         self.act = nn.ReLU(inplace=True)
-        self.objectness = nn.Conv2d(CHANNELS, anchors, 1)
-        self.deltas = nn.Conv2d(CHANNELS, 4 * anchors, 1)
+        self.objectness = nn.Conv2d(width, anchors, 1)
+        self.deltas = nn.Conv2d(width, 4 * anchors, 1)
         for layer in self.children():
             if isinstance(layer, Involution2d):
                 init_kaiming(layer)
@@ -42,7 +42,7 @@ class ProposalHead(nn.Module):
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, levels: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Levels (B, 256, H, W) -> objectness (B, anchors, H, W), deltas (B, 4 * anchors, H, W): float32, always."""
+        """Levels (B, width, H, W) -> objectness (B, anchors, H, W), deltas (B, 4 * anchors, H, W): float32, always."""
         hidden = [self.act(self.conv(x)) for x in levels]
         return [self.objectness(x).float() for x in hidden], [self.deltas(x).float() for x in hidden]
 
@@ -50,11 +50,11 @@ class ProposalHead(nn.Module):
 class Proposals(RegionProposalNetwork):
     """torchvision's, with the paper's values: L1 and not smooth L1, 1000 proposals an image in training too."""
 
-    def __init__(self, head: str, count: int = 1000) -> None:
+    def __init__(self, head: str, count: int = 1000, width: int = CHANNELS, box_loss_beta: float = 0.0) -> None:
         anchors = Anchors(SIZES, STRIDES)
         super().__init__(
             anchors,  # type: ignore[arg-type]
-            ProposalHead(head, anchors.per_pixel),
+            ProposalHead(head, anchors.per_pixel, width),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -63,16 +63,18 @@ class Proposals(RegionProposalNetwork):
             post_nms_top_n={"training": count, "testing": count},
             nms_thresh=0.7,
         )
+        self.box_loss_beta = box_loss_beta
         self.proposal_matcher = LowQualityMatcher(0.7, 0.3, lowest=0.3)
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Over the sampled anchors of the batch: binary cross-entropy, and L1 of the positive ones."""
+        """Over the sampled anchors of the batch: binary cross-entropy, and (smooth) L1 of the positive ones."""
         positive, negative = (torch.where(torch.cat(chosen))[0] for chosen in self.fg_bg_sampler(labels))
         sampled = torch.cat([positive, negative])
         n = max(1, len(sampled))
         told, wanted = objectness.flatten()[sampled], torch.cat(labels)[sampled]
         classification = F.binary_cross_entropy_with_logits(told, wanted, reduction="sum") / n
         targets = torch.cat(regression_targets)[positive]
-        return classification, F.l1_loss(pred_bbox_deltas[positive], targets, reduction="sum") / n
+        regression = F.smooth_l1_loss(pred_bbox_deltas[positive], targets, beta=self.box_loss_beta, reduction="sum")
+        return classification, regression / n

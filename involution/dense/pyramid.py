@@ -1,6 +1,6 @@
 """The feature pyramid (Lin et al., CVPR 2017), with convolutions or involutions as its output layers.
 
-Shapes:  levels (B, C_i, H_i, W_i), each half the one before (rounded up)  ->  levels (B, 256, H_i, W_i), and coarser
+Shapes:  levels (B, C_i, H_i, W_i), each half the one before (rounded up)  ->  levels (B, width, H_i, W_i), and coarser
 """
 
 from collections.abc import Sequence
@@ -14,19 +14,19 @@ NECKS = ("convolution", "involution")
 CHANNELS = 256
 
 
-def spatial_layer(kind: str, argument: str) -> nn.Module:
-    """The layer 256 -> 256 of a neck or head: a 3x3 convolution, or the 7x7 involution that takes its place.
+def spatial_layer(kind: str, argument: str, width: int = CHANNELS) -> nn.Module:
+    """The layer width -> width of a neck or head: a 3x3 convolution, or the 7x7 involution that takes its place.
 
     Raises:
         ValueError: naming ``argument``, when ``kind`` is none of ``NECKS``.
     """
     if kind not in NECKS:
         raise ValueError(f'{argument} is {kind!r}; it should be "convolution" or "involution"')
-    return Involution2d(CHANNELS, 7) if kind == "involution" else nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1)
+    return Involution2d(width, 7) if kind == "involution" else nn.Conv2d(width, width, 3, padding=1)
 
 
 class FeaturePyramid(nn.Module):
-    """1x1 convolutions to 256 channels, coarse levels added to finer ones, one spatial layer a level.
+    """1x1 convolutions to one width, coarse levels added to finer ones, one spatial layer a level.
 
     There is neither norm nor activation outside the involutions' generators; the BatchNorm inside them trains.
 
@@ -35,16 +35,19 @@ class FeaturePyramid(nn.Module):
         neck: "convolution" or "involution".
         extra: further levels. None; "subsample": one, every second pixel of the coarsest (Faster and Mask R-CNN);
             "convolution": two, 3x3 convolutions of stride 2 from the coarsest level that came in (RetinaNet).
+        width: channels of every level that goes out; the paper's are 256.
     """
 
-    def __init__(self, in_channels: Sequence[int], neck: str = "convolution", extra: str | None = None) -> None:
+    def __init__(
+        self, in_channels: Sequence[int], neck: str = "convolution", extra: str | None = None, width: int = CHANNELS
+    ) -> None:
         super().__init__()
         self.extra = extra
-        self.lateral = nn.ModuleList(nn.Conv2d(channels, CHANNELS, 1) for channels in in_channels)
-        self.output = nn.ModuleList(spatial_layer(neck, "neck") for _ in in_channels)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
+        self.output = nn.ModuleList(spatial_layer(neck, "neck", width) for _ in in_channels)
         if extra == "convolution":
-            self.p6 = nn.Conv2d(in_channels[-1], CHANNELS, 3, 2, 1)
-            self.p7 = nn.Conv2d(CHANNELS, CHANNELS, 3, 2, 1)
+            self.p6 = nn.Conv2d(in_channels[-1], width, 3, 2, 1)
+            self.p7 = nn.Conv2d(width, width, 3, 2, 1)
         for module in self.modules():  # as released
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)

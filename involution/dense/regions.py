@@ -25,26 +25,31 @@ BOX, MASK = 7, 14  # pixels a side that are pooled for a box and for its mask
 
 
 class RoIAlign(nn.Module):
-    """Pools boxes from the level of their size: half-pixel aligned, with as many samples as a box has pixels.
+    """Pools boxes from the level of their size; by default half-pixel aligned, as many samples as a box has pixels.
 
     The levels' strides are fixed; torchvision infers them from its first images and keeps them, wrong ones for small
     images.
+
+    Args:
+        size: of what comes out, in pixels.
+        samples: of a pixel that comes out, along a side; 0: as many as there are pixels below it.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, aligned: bool = True, samples: int = 0) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.aligned, self.samples = size, aligned, samples
         self.level_of = LevelMapper(2, 5)
 
     def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        """Levels P2, P3, ... by name, and for each image its boxes (N_i, 4) -> (sum of N_i, 256, size, size)."""
+        """Levels P2, P3, ... by name, and for each image its boxes (N_i, 4) -> (sum of N_i, C, size, size)."""
         levels = list(features.values())
         rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
         level = self.level_of(boxes)
         pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
         for i, stride in enumerate(STRIDES):
             here = torch.where(level == i)[0]
-            cut = roi_align(levels[i], rois[here], (self.size, self.size), 1 / stride, 0, aligned=True)
+            size = (self.size, self.size)
+            cut = roi_align(levels[i], rois[here], size, 1 / stride, self.samples, aligned=self.aligned)
             pooled = pooled.index_put((here,), cut.to(pooled.dtype))
         return pooled
 
@@ -58,12 +63,25 @@ class Regions(RoIHeads):
         masks: whether there is a mask head.
         samples: proposals of an image that are learned from.
         width: of the box head's two hidden layers.
+        channels: of the pyramid's levels.
+        box_loss_beta, roi_aligned, roi_samples: see ``FasterRCNN``.
     """
 
-    def __init__(self, num_classes: int, head: str, masks: bool, samples: int = 512, width: int = 1024) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        head: str,
+        masks: bool,
+        samples: int = 512,
+        width: int = 1024,
+        channels: int = CHANNELS,
+        box_loss_beta: float = 0.0,
+        roi_aligned: bool = True,
+        roi_samples: int = 0,
+    ) -> None:
         super().__init__(
-            RoIAlign(BOX),
-            TwoMLPHead(CHANNELS * BOX**2, width),
+            RoIAlign(BOX, roi_aligned, roi_samples),
+            TwoMLPHead(channels * BOX**2, width),
             FastRCNNPredictor(width, num_classes + 1),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
@@ -82,13 +100,16 @@ class Regions(RoIHeads):
         ):
             nn.init.zeros_(layer.bias)
             nn.init.xavier_uniform_(layer.weight) if std is None else nn.init.normal_(layer.weight, std=std)
+        self.box_loss_beta = box_loss_beta
         self.proposal_matcher = Matcher(0.5, 0.5)
         if masks:
             self.proposal_matcher = LowQualityMatcher(0.5, 0.5, lowest=0.5)  # the release has it with masks alone
-            self.mask_roi_pool = RoIAlign(MASK)
-            layers = [layer for _ in range(4) for layer in (spatial_layer(head, "head"), nn.ReLU(inplace=True))]
+            self.mask_roi_pool = RoIAlign(MASK, roi_aligned, roi_samples)
+            layers = [
+                layer for _ in range(4) for layer in (spatial_layer(head, "head", channels), nn.ReLU(inplace=True))
+            ]
             self.mask_head = init_kaiming(nn.Sequential(*layers))
-            self.mask_predictor = init_kaiming(MaskRCNNPredictor(CHANNELS, CHANNELS, num_classes + 1))
+            self.mask_predictor = init_kaiming(MaskRCNNPredictor(channels, channels, num_classes + 1))
 
     def classify(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits (N, classes + 1) and deltas (N, 4 * (classes + 1)) of all images' boxes, in float32."""
@@ -110,10 +131,8 @@ class Regions(RoIHeads):
         n = max(1, len(label))
         positive = torch.where(label > 0)[0]
         own = deltas.unflatten(1, (-1, 4))[positive, label[positive]]
-        losses = {
-            "loss_classifier": F.cross_entropy(logits, label, reduction="sum") / n,
-            "loss_box_reg": F.l1_loss(own, torch.cat(wanted)[positive], reduction="sum") / n,
-        }
+        moved = F.smooth_l1_loss(own, torch.cat(wanted)[positive], beta=self.box_loss_beta, reduction="sum")
+        losses = {"loss_classifier": F.cross_entropy(logits, label, reduction="sum") / n, "loss_box_reg": moved / n}
         if self.has_mask():
             chosen = [torch.where(label > 0)[0] for label in labels]
             boxes = [b[i] for b, i in zip(boxes, chosen, strict=True)]

@@ -17,17 +17,30 @@ SCORE, OVERLAP, CANDIDATES, DETECTIONS = 0.05, 0.5, 1000, 100
 
 
 class Retina(nn.Module):
-    """torchvision's head and the paper's losses: focal loss and L1 over the positive anchors of the whole batch."""
+    """torchvision's head and the paper's losses: focal loss and L1 over the positive anchors of the whole batch.
 
-    def __init__(self, num_classes: int) -> None:
+    Args:
+        normalizer: what losses are divided by: "batch", the positive anchors of this process's batch, or "image", each
+            image's by its own, and then their mean (torchvision).
+    """
+
+    def __init__(
+        self, num_classes: int, width: int = CHANNELS, box_loss_beta: float = 0.0, normalizer: str = "batch"
+    ) -> None:
         super().__init__()
+        if normalizer not in ("batch", "image"):
+            raise ValueError(f'normalizer is {normalizer!r}; it should be "batch" or "image"')
+        self.box_loss_beta, self.normalizer = box_loss_beta, normalizer
         self.anchors = Anchors(SIZES, STRIDES)
-        self.head = RetinaNetHead(CHANNELS, self.anchors.per_pixel, num_classes)
+        self.head = RetinaNetHead(width, self.anchors.per_pixel, num_classes)
+        with torch.no_grad():  # four of these in a row let little through: from fewer channels as much as from 256
+            for layer in (*self.head.classification_head.conv, *self.head.regression_head.conv):
+                layer[0].weight *= (CHANNELS / width) ** 0.5
         self.matcher = LowQualityMatcher(0.5, 0.4, lowest=0)
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Levels (B, 256, H, W) -> logits (B, anchors, classes) and deltas (B, anchors, 4), in float32."""
+        """Levels (B, width, H, W) -> logits (B, anchors, classes) and deltas (B, anchors, 4), in float32."""
         found = self.head(levels)
         return found["cls_logits"].float(), found["bbox_regression"].float()
 
@@ -36,18 +49,21 @@ class Retina(nn.Module):
         logits, deltas = self(levels)
         anchors = torch.cat(self.anchors.grid(levels))
         matched = torch.stack([self._match(target["boxes"], anchors) for target in targets])
-        n = (matched >= 0).sum().clamp(min=1)
+        n = (matched >= 0).sum(1, keepdim=True).clamp(min=1) * len(matched)  # of each image
+        if self.normalizer == "batch":
+            n = (matched >= 0).sum().clamp(min=1).expand(len(matched), 1)
         classification = logits.sum() * 0
         regression = deltas.sum() * 0
-        for target, match, told, moved in zip(targets, matched, logits, deltas, strict=True):
+        for target, match, told, moved, count in zip(targets, matched, logits, deltas, n, strict=True):
             positive, used = torch.where(match >= 0)[0], match != Matcher.BETWEEN_THRESHOLDS
             own = match[positive]
             wanted = torch.zeros_like(told)
             wanted[positive, target["labels"][own]] = 1
-            classification = classification + sigmoid_focal_loss(told[used], wanted[used], reduction="sum")
+            classification = classification + sigmoid_focal_loss(told[used], wanted[used], reduction="sum") / count[0]
             boxes = self.box_coder.encode_single(target["boxes"][own], anchors[positive])
-            regression = regression + F.l1_loss(moved[positive], boxes, reduction="sum")
-        return {"loss_classifier": classification / n, "loss_box_reg": regression / n}
+            apart = F.smooth_l1_loss(moved[positive], boxes, beta=self.box_loss_beta, reduction="sum")
+            regression = regression + apart / count[0]
+        return {"loss_classifier": classification, "loss_box_reg": regression}
 
     def _match(self, boxes: Tensor, anchors: Tensor) -> Tensor:
         if len(boxes) == 0:

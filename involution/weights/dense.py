@@ -82,6 +82,8 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         options.setdefault("stem", "convolution")
     found: dict[str, Any] = {"name": name, "backbone": {"name": net, **options}}
     found["neck"] = "involution" if "neck.fpn_convs.0.conv1.conv.weight" in state else "convolution"
+    if name in ("faster_rcnn", "mask_rcnn", "retinanet"):
+        found["pyramid_width"] = len(state["neck.lateral_convs.0.conv.weight"])
     if name in ("faster_rcnn", "mask_rcnn"):
         found["head"] = "involution" if "rpn_head.rpn_conv.conv1.conv.weight" in state else "convolution"
         found["num_classes"] = len(state["roi_head.bbox_head.fc_cls.weight"]) - 1
