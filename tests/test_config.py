@@ -7,7 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from programs import ROOT, in_process, python, torchrun
 
-from involution import create_model
+from involution.engine.build import check_model
 from involution.engine.config import EvalConfig, TrainConfig, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
@@ -42,9 +42,29 @@ RECIPES = {
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
 def test_every_option_composes(option):
     needed = ["checkpoint=WEIGHTS", *(["model.name=resnet10t"] if option == "model=timm" else [])]
-    found = config(*filter(None, [RECIPES.get(option), option]), *needed)
-    with torch.device("meta"):
-        create_model(**found.model | {"num_classes": 10})
+    check_model(config(*filter(None, [RECIPES.get(option), option]), *needed).model)
+
+
+@pytest.mark.parametrize("recipe", ["paper", "rsb_a1", "rsb_a3", "swin"])
+def test_recipes_take_any_classifier(recipe):
+    """timm's get the stochastic depth and keep their own sizes; models that have none do without."""
+    rate = {"paper": None, "rsb_a1": 0.05, "rsb_a3": 0.0, "swin": 0.1}[recipe]
+    for name in ("resnet50", "vgg11"):  # of 288 and 224 pixels
+        found = config(f"recipe={recipe}", "model=timm", f"model.name={name}")
+        remark = check_model(found.model)
+        assert "drop_path_rate" not in found.model
+        wanted = {"drop_path_rate": rate} if name == "resnet50" and rate is not None else None
+        assert found.model["options"] == wanted
+        assert ("has no stochastic depth" in remark) == (name == "vgg11" and bool(rate))
+        assert found.data.val_size == {"resnet50": 288, "vgg11": 224}[name]
+        assert found.data.val_resize >= found.data.val_size
+    assert ("has no stochastic depth" in check_model(config(f"recipe={recipe}", "model=lrnet26").model)) == bool(rate)
+    found = config(
+        "recipe=rsb_a1", "data=demo", "model=timm", "model.name=resnet18", "model.options={drop_path_rate: 0.7}"
+    )
+    check_model(found.model)
+    assert found.model["options"] == {"drop_path_rate": 0.7}
+    assert (found.data.val_size, found.data.val_resize) == (32, 33)
 
 
 def test_the_default_is_the_paper():
@@ -153,6 +173,7 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["recipe=demo", "augmentation.randaugment=9", "augmentation.trivialaugment=true"], "exclude each other"),
         (["recipe=demo", "augmentation.randaugment=rand-m9"], "-inc1"),
         (["recipe=demo", "augmentation.color_jitter=[1,2]"], "[brightness,contrast,saturation]"),
+        (["recipe=rsb_a1", "model=faster_rcnn", "data=demo_detection"], "choose recipe=cityscapes"),
         (["recipe=demo", "augmentation.repeats=33"], "no more than train.global_batch_size=32"),
         (["recipe=demo", "train.target_threshold=0.2"], "train.target_threshold=0.2 is for train.loss=bce"),
         (["recipe=demo", "data.mean=[0.5]"], "data.mean=[0.5] should have a value for each of the model's channels, 3"),

@@ -23,7 +23,7 @@ FAMILIES = {
     "resnet10t": [*SIZES, "model.in_chans=1", "model.convert={kernel_size: 3, skip: [conv1]}"],
     "convnext_atto": [*SIZES, "model.options={drop_path_rate: 0.1}", "train.freeze=[stem]"],
     "vit_tiny_patch16_224": ["model.options={img_size: 32}"],
-    "efficientnet_lite0": SIZES,
+    "efficientnet_lite0": ["recipe=rsb_a2", "data.train_size=32", "data.val_size=32"],
     "mobilenetv3_small_050": [*SIZES, "train.ema_decay=0.9"],
 }
 

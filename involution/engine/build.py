@@ -23,7 +23,7 @@ from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything, use_tf32
 from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
-from involution.models import without_weights
+from involution.models import MODELS, from_timm, model_options, without_weights
 from involution.weights import mismatch
 from involution.weights.run_file import State, read
 
@@ -46,7 +46,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if o.sync_batchnorm is True and world.device.type == "cpu":
         raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
     setup = check_data(config.model["name"], config.data.name)
-    check_model(config.model)
+    remark = check_model(config.model)
     setup.check(config, world)
     boards.check(config.logging)
     train, val = setup.open_dataset(config.data)
@@ -73,7 +73,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         freeze(model, o.freeze)
     if world.is_main:
         run.describe(plain, world)
-        log.info("%s\n%s", config.model["name"], complexity.count(model, setup.input_shape(config.data)))
+        log.info("%s\n%s%s", config.model["name"], remark, complexity.count(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
     if o.batchnorm_size is not None:
         use_ghost_batches(model, o.batchnorm_size)
@@ -111,14 +111,30 @@ def synchronised(wanted: Any, world: World) -> bool:
     return world.size > 1 and world.device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 
-def check_model(options: dict[str, Any]) -> None:
+def check_model(options: dict[str, Any]) -> str:
     """Refuse wrong options before any data is read.
+
+    `drop_path_rate`, which recipes set for any model, goes to the constructor of timm's; it is left out where a model
+    has none.
+
+    Returns:
+        A line that says so, or nothing.
 
     Raises:
         ValueError: naming the option.
     """
+    name, rate, timms = options["name"], options.get("drop_path_rate"), "library" in options
+    if timms:
+        has_it = rate is None or from_timm.has_stochastic_depth(name)
+    else:
+        has_it = name not in MODELS or "drop_path_rate" in model_options(name)
+    if timms or not has_it:
+        options.pop("drop_path_rate", None)
+    if timms and has_it and rate is not None:
+        options["options"] = {"drop_path_rate": rate} | (options.get("options") or {})
     with torch.device("meta"):
         create_model(**without_weights(options) | {"num_classes": 1})
+    return "" if has_it or not rate else f"{name} has no stochastic depth: model.drop_path_rate={rate} is left out\n"
 
 
 def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool) -> torch.nn.Module:

@@ -210,9 +210,11 @@ def check_channels(channels: Any, mean: Sequence[float], std: Sequence[float]) -
 
 
 def _other_recipe(key: str) -> str:
-    """Advice for a key that the task does not have: a recipe sets `augmentation`, and is made for one task."""
+    """Advice for a key that the task does not have: what recipes set is made for one task."""
+    if not key.startswith(("augmentation", "data.val_resize")):
+        return ""
     recipes = "recipe=cityscapes or demo_segmentation for segmentation, coco or demo_detection for detection"
-    return f". The recipe is for models of another task: choose {recipes}" if key.startswith("augmentation") else ""
+    return f". The recipe is for models of another task: choose {recipes}"
 
 
 def _check_range(key: str, value: Any, low: float, high: float | None) -> None:

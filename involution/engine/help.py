@@ -35,7 +35,7 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
         lines += [f"    {name:<22}{note}".rstrip() for name, note in _shortened(groups[group])]
     lines += ["", "Keys, with their values:"]
     for key, value in _leaves(values):
-        if "${own:" in str(value):
+        if re.search(r"\$\{(own|short_side):", str(value)):
             value = OmegaConf.select(config, key)
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         note = notes.get(key, "")

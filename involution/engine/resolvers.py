@@ -1,5 +1,6 @@
-"""What ``${first:...}`` and ``${own:...}`` mean in conf/*.yaml."""
+"""What ``${first:...}``, ``${own:...}`` and ``${short_side:...}`` mean in conf/*.yaml."""
 
+import math
 from contextlib import suppress
 from typing import Any
 
@@ -24,5 +25,11 @@ def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
     return OmegaConf.create(default) if isinstance(default, list) else default  # OmegaConf resolves to no plain list
 
 
+def _short_side(share: float, *, _root_: DictConfig) -> int:
+    """${short_side:SHARE} in YAML: pixels, of which the validation's crop is that share; rounded down as in timm."""
+    return math.floor(_root_.data.val_size / share)
+
+
 OmegaConf.register_new_resolver("first", _first, replace=True)
 OmegaConf.register_new_resolver("own", _own, replace=True)
+OmegaConf.register_new_resolver("short_side", _short_side, replace=True)

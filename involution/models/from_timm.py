@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from involution import conversion
@@ -44,6 +45,16 @@ def create(
     head = model.pretrained_cfg.get("classifier") or ()
     model.classifiers = (head,) if isinstance(head, str) else tuple(head)
     return model
+
+
+def has_stochastic_depth(name: str) -> bool:
+    """Whether a model's constructor takes a ``drop_path_rate``. True for names that timm does not know."""
+    with torch.device("meta"):
+        try:
+            create(name, options={"drop_path_rate": 0.0})
+        except ValueError as error:
+            return "drop_path_rate" not in str(error.__cause__)
+    return True
 
 
 def convert(model: nn.Module, options: bool | Mapping[str, Any]) -> None:
