@@ -1,13 +1,16 @@
 """Faster R-CNN: RedNet-50 with involutions in neck and head against the ResNet-50 row, and that row against
-torchvision's fasterrcnn_resnet50_fpn: inference and a training step on photos of COCO, interleaved.
+torchvision's fasterrcnn_resnet50_fpn: inference and a training step on photos of COCO, interleaved. And how long COCO's
+scores take for as many images and detections as COCO's validation has.
 """
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -104,6 +107,35 @@ def training_step(model: nn.Module, samples: list[Sample], device: str, first_la
     return step
 
 
+def scoring(n: int) -> Row:
+    """Processor time of scores of ``n`` images: COCO's 7.36 objects each, and the most detections it counts, 100."""
+    from data.coco import CocoImages
+    from data.image_list import Names
+    from involution.engine.tasks.average_precision import Found, average_precision
+
+    random = np.random.default_rng(0)
+    counts = random.poisson(7.36, n)
+    m, first = counts.sum(), np.concatenate([[0], counts.cumsum()])
+    boxes = np.concatenate([random.random((m, 2)) * (400, 300), random.random((m, 2)) ** 2 * 240 + 4], axis=1)
+    truth = CocoImages(
+        Names.pack(b"" for _ in range(n)), np.arange(n), np.tile(np.array([480, 640], np.int32), (n, 1)), first, boxes,
+        boxes[:, 2:].prod(1), random.integers(80, size=m).astype(np.int32), np.zeros(m, bool),
+        Names.pack(b"" for _ in range(m)), np.arange(80), tuple(map(str, range(80))),
+    )  # fmt: skip
+    found = []
+    for i in range(n):  # every object, a little off, and other places and classes beside
+        own = random.integers(first[i], first[i + 1], 100) if counts[i] else random.integers(0, m, 100)
+        corners = boxes[own] + random.normal(0, 8, (100, 4))
+        corners[:, 2:] = corners[:, :2] + corners[:, 2:].clip(1)
+        labels = np.where(random.random(100) < 0.5, truth.labels[own], random.integers(80, size=100)).astype(np.int32)
+        scores = random.random(100).astype(np.float32)
+        found.append(Found(i, corners.astype(np.float32), scores, labels))
+    begin = time.process_time()
+    ap = average_precision(truth, found)["ap"]
+    seconds = time.process_time() - begin
+    return {"images": n, "objects": int(m), "detections": 100 * n, "AP (%)": ap, "processor time (s)": seconds}
+
+
 def run(args: argparse.Namespace, report: Report) -> None:
     samples = photos(args.coco, args.images, args.quick)
     models = detectors(args)
@@ -121,6 +153,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     found = timing.interleave(calls, max(1, args.repeats - 2), args.device)
     note = "Forward, backward, clipping, SGD; stem and first stage frozen. torchvision's label 0 is the background."
     report.table(f"Training step, {settings}", [row(found)], note)
+    note = "Boxes drawn at random, in memory; the whole time between the last image and the scores, on all threads."
+    report.table("COCO's scores", [scoring(50 if args.quick else 5000)], note)
 
 
 def row(samples: timing.Samples) -> Row:
