@@ -95,7 +95,7 @@ def train_loader(
         raise ValueError(f"train_size is {train_size!r}, expected a positive number of pixels or {{epoch: pixels}}")
     if isinstance(sizes, dict) and 0 not in sizes:
         raise ValueError(f"train_size schedule {train_size!r} has no size for epoch 0, e.g. {{0: 128, 30: 224}}")
-    if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
+    if not all(len(pair) == 2 and 0 < pair[0] <= pair[1] for pair in (scale, ratio)):
         raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size, repeats)
     transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip, tuple(policies))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from image_folders import write
+from programs import in_process
 
 import data
 from data.image_list import ImageList
@@ -131,7 +132,7 @@ def test_pictures_are_found_in_every_layout(layout, tmp_path, caplog):
     assert f"{18 - found} of 18 images" in caplog.text
 
 
-def test_what_is_wrong_is_said(roots, monkeypatch):
+def test_what_is_wrong_is_said(roots, monkeypatch, tmp_path):
     root = roots[1]
     file = root / "data/train-00001-of-00002.parquet"
     whole = file.read_bytes()
@@ -145,6 +146,9 @@ def test_what_is_wrong_is_said(roots, monkeypatch):
         refused(r"train-00001-of-00002.parquet' cannot be read: .*git lfs pull")
     pq.write_table(pa.table({"img": [b"1"], "label": [0]}), file)
     refused(r"has the columns img \(binary\), label \(int64\); expected image \{bytes, path\} and label")
+    finished = in_process("train.py", f"data.root={root}", "device=cpu", f"output_root={tmp_path}")
+    assert (finished.status, finished.stdout) == (2, "")
+    assert finished.stderr.count("expected image {bytes, path} and label") == 1
     pq.write_table(table([b"1"], [0]).drop(["label"]), file)
     refused("expected image")
     for label in (-1, None):

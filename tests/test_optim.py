@@ -54,6 +54,9 @@ def test_staircase():
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="'cosine', 'poly' or 'step'"):
         build_schedule(0.1, 20, 10, name="cos", warmup_epochs=0, warmup_start=0.25)
+    for wrong in ("abc", ["a"], 3):
+        with pytest.raises(ValueError, match=r"schedule\.milestones is .* a list of epochs"):
+            build_schedule(0.1, 20, 10, name="step", warmup_epochs=0, warmup_start=0.25, milestones=wrong)
 
 
 def test_norms_and_biases_are_found_by_their_dimensions():

@@ -97,6 +97,8 @@ def test_fine_tuning_from_a_run_and_from_a_file_of_weights(runs, images, tmp_pat
         assert "frozen: stem, stages; 0.00 M parameters train" in finished.stderr
         tuned = read(tmp_path / checkpoint.stem / "checkpoints" / "last.pt")["model"]
         assert all(torch.equal(tuned[key], state[key]) for key in state)
+    refused = train(images, tmp_path, "resnet10t", *SIZES, f"checkpoint={runs / 'convnext_atto'}")
+    assert (refused.status, "It was trained with model=timm model.name=convnext_atto" in refused.stderr) == (2, True)
 
 
 def test_frozen_modules_keep_their_statistics():
@@ -116,6 +118,8 @@ def test_frozen_modules_keep_their_statistics():
         ("convnext_tiny.in1", [], ["unknown configuration of convnext_tiny 'in1'; did you mean "]),
         ("", [], ["model.name is not set; give it as model.name=NAME"]),
         ("convnext_atto", ["model.options={drop_path_rat: 0.1}"], ["did you mean 'drop_path_rate'?"]),
+        ("convnext_atto", ["model.options=3"], ["options of convnext_atto is 3; it should be a mapping"]),
+        ("convnext_atto", ["model.options={in_chans: 1}"], ["has in_chans, which is a key of its own"]),
         ("convnext_atto", ["model.kernel_size=5"], ["there is no key model.kernel_size"]),
         ("convnext_atto", ["train.freeze=1"], ["no module 1; name them, for example train.freeze=[stem]"]),
         ("convnext_atto", ["model.pretrained=nowhere.pth"], ["there is no file nowhere.pth"]),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def check_model(options: dict[str, Any]) -> str:
         has_it = name not in MODELS or "drop_path_rate" in model_options(name)
     if timms or not has_it:
         options.pop("drop_path_rate", None)
-    if timms and has_it and rate is not None:
+    if timms and has_it and rate is not None and isinstance(options.get("options") or {}, dict):
         options["options"] = {"drop_path_rate": rate} | (options.get("options") or {})
     with torch.device("meta"):
         create_model(**without_weights(options) | {"num_classes": 1})
@@ -186,7 +187,8 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
     try:
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(groups)
     except (TypeError, InstantiationException) as error:
+        option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise UserError(
             f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command "
-            "line or from a recipe made for another optimizer"
+            f"line or from a recipe made for another optimizer{f': ~optimizer.{option[1]}' if option else ''}"
         ) from error

@@ -123,11 +123,20 @@ RANGES = {  # lowest and highest value; None: no limit
     "schedule.warmup_start": (0, 1),
     "schedule.min_lr": (0, None),
     "schedule.power": (0, None),
+    "model.drop_path_rate": (0, 1),
+    "model.options.drop_path_rate": (0, 1),
     "schedule.warmup_steps": (0, None),
     "batch_size": (1, None),
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
+TOLD = (
+    "model.name",
+    "optimizer.name",
+    "name",
+    "checkpoint",
+    "output_root",
+)  # "" in conf/: the command line has to tell
 # what keys mean that earlier configurations lack
 LATER = {
     "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
@@ -150,7 +159,8 @@ def validate(config: DictConfig, schema: type) -> Any:
         known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
         known = [name for name in known if name != str(error.key)]  # there the value is wrong
         what = f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
-        raise UserError(f"{what}{hint(known) or _other_recipe(key)}") from error
+        missing_key = "not in" in str(error)
+        raise UserError(f"{what}{hint(known) or (_other_recipe(key) if missing_key else '')}") from error
     if missing:
         raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
     for key, allowed in CHOICES.items():
@@ -161,7 +171,7 @@ def validate(config: DictConfig, schema: type) -> Any:
             )
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
-    for key in ("model.name", "name", "checkpoint", "output_root"):  # recipe=finetune has no weights of its own
+    for key in TOLD:
         if OmegaConf.select(typed, key) == "":
             raise UserError(f"{key} is not set; give it as {key}={'NAME' if key.endswith('name') else 'PATH'}")
     name = PurePath(OmegaConf.select(typed, "name") or "")

@@ -29,18 +29,20 @@ def start_from(
     opened, head = open_weights(checkpoint), classifier_of(model)
     names, data_there = opened.class_names, opened.data
     log.info("starting from the weights of %s", checkpoint)
-    weights = (
-        from_timm.translated(model, opened.tensors) if "library" in arguments else model_of(opened)[0].state_dict()
-    )
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
-    as_many = all(key in weights and weights[key].shape == value.shape for key, value in own.items())
-    other_classes = as_many and names is not None and list(names) != list(class_names)
-    if other_classes:
-        weights |= own
+    weights: dict[str, Tensor] = {}
     try:
+        weights = (
+            from_timm.translated(model, opened.tensors) if "library" in arguments else model_of(opened)[0].state_dict()
+        )
+        own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+        as_many = all(key in weights and weights[key].shape == value.shape for key, value in own.items())
+        other_classes = as_many and names is not None and list(names) != list(class_names)
+        if other_classes:
+            weights |= own
         load_into(model, weights)  # says so where the number of classes is another
     except ValueError as error:
-        raise UserError(f"checkpoint={checkpoint}: {error}{_advice(weights, model.state_dict())}") from error
+        advice = _advice(opened.model, arguments, weights, model)
+        raise UserError(f"checkpoint={checkpoint}: {error}{advice}") from error
     if other_classes:
         log.warning(
             "the weights' classifier is for other classes (%s; of the %d here %d are new to it), so it starts afresh; "
@@ -59,10 +61,15 @@ def _first(names: Sequence[str], limit: int = 5) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
-def _advice(there: dict[str, Tensor], here: dict[str, Tensor]) -> str:
+def _advice(
+    trained: dict[str, Any] | None, arguments: dict[str, Any], there: dict[str, Tensor], model: nn.Module
+) -> str:
     """The options in which the checkpoint's model differs, as they would be given."""
+    if trained is not None and "library" in trained | arguments:
+        name = f"model=timm model.name={trained['name']}" if "library" in trained else f"model={trained['name']}"
+        return f". It was trained with {name}: take that" if trained["name"] != arguments["name"] else ""
     models: list[dict[str, Any]] = []
-    for weights in (there, here):
+    for weights in (there, model.state_dict()):
         try:
             name, options = describe(weights)
         except ValueError:

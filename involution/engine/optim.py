@@ -163,8 +163,10 @@ def build_schedule(
     """Make step -> learning rate from a configuration in epochs, but for `warmup_steps`.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or milestones that are no list of epochs.
     """
+    if not isinstance(milestones, list | tuple) or not all(isinstance(m, int | float) for m in milestones):
+        raise ValueError(f"schedule.milestones is {milestones!r}; it should be a list of epochs, as in [30,60,90]")
     if name == "cosine":
         schedule = cosine(lr, total_steps, min_lr)
     elif name == "poly":

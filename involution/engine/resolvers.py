@@ -20,7 +20,9 @@ def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
     if model and model.get("library") is not None:
         arguments: Any = OmegaConf.to_container(model)
         crop = _root_.data.val_size if key == "val_resize" else None
-        with suppress(ValueError, TypeError):  # an unknown name or argument, which create_model explains
+        with suppress(
+            ValueError, TypeError, AttributeError
+        ):  # an unknown name or argument, which create_model explains
             default = from_timm.preparation(**arguments, val_size=crop)[key]
     return OmegaConf.create(default) if isinstance(default, list) else default  # OmegaConf resolves to no plain list
 

@@ -34,6 +34,10 @@ def create(
     Raises:
         ValueError: an unknown name, tag or option, with the nearest valid one, or an impossible value.
     """
+    if not isinstance(options or {}, Mapping):
+        raise ValueError(f"options of {name} is {options!r}; it should be a mapping, as in {{img_size: 32}}")
+    if own := {"in_chans", "num_classes"} & set(options or {}):
+        raise ValueError(f"options of {name} has {', '.join(sorted(own))}, which is a key of its own beside options")
     timm, wanted = _timm(name), {"in_chans": in_chans} | dict(options or {})
     if num_classes is not None:
         wanted["num_classes"] = num_classes
