@@ -1,10 +1,12 @@
 """Checks of what users pass in, with messages that say what is wrong and what would be right."""
 
 import difflib
+import json
+import math
 import re
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 def check_positive(**values: object) -> None:
@@ -57,3 +59,16 @@ class NotScripted:
         raise NotImplementedError(
             f"{type(self).__name__} cannot be scripted; torch.export, torch.onnx.export and torch.jit.trace take it"
         )
+
+
+def strict_json(value: Any, indent: int | None = None) -> str:
+    """Text that every JSON parser reads: numbers that are not finite, for which JSON has no word, become null."""
+
+    def finite(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: finite(item) for key, item in part.items()}
+        if isinstance(part, list | tuple):
+            return [finite(item) for item in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(finite(value), indent=indent, allow_nan=False)

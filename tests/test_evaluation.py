@@ -9,8 +9,14 @@ import torch
 from models_common import fitted
 from programs import in_process
 from reliability import write_images
+from torch import nn
 
 import involution
+from data import Batch
+from involution.checks import strict_json
+from involution.engine.distributed import World
+from involution.engine.evaluate import evaluate
+from involution.engine.tasks.classification import Accuracy
 from involution.weights.run_file import read, write
 
 DATA = {
@@ -150,3 +156,19 @@ def test_help_lists_groups_and_keys_with_their_comments():
     evaluation = in_process("eval.py", "-h").stdout
     assert "class_map=null" in evaluation
     assert "a file, or a run's folder" in evaluation
+
+
+def test_outputs_that_overflow_count_as_wrong_and_are_said(caplog):
+    class Overflows(nn.Module):
+        def forward(self, images):
+            return images.flatten(1)
+
+    images = torch.zeros(3, 2, 1, 1)
+    images[0] = torch.nan
+    images[1, 0] = torch.inf
+    images[2, 0] = 1
+    batch = Batch(images, torch.zeros(3, dtype=torch.long), 3)
+    found = evaluate(Overflows(), [batch], Accuracy(), World(0, 1, torch.device("cpu")), samples=3)
+    assert found["top1"] == pytest.approx(100 / 3)
+    assert "the loss is not finite" in caplog.text
+    assert json.loads(strict_json(found)) == found | {"loss": None}

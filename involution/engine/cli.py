@@ -4,7 +4,6 @@ import errno
 import functools
 import gc
 import io
-import json
 import logging
 import os
 import re
@@ -24,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from data import BadImageError
-from involution.checks import SizeError
+from involution.checks import SizeError, strict_json
 from involution.engine import arguments, help, signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
@@ -168,7 +167,7 @@ def user_input() -> Iterator[None]:
 
 def print_result(result: dict[str, Any]) -> None:
     """The program's answer: one JSON object on the last line of standard output."""
-    print(json.dumps(result), flush=True)
+    print(strict_json(result), flush=True)
 
 
 def _refuse_sweep_on_every_rank() -> None:

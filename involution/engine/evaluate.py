@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -58,6 +59,11 @@ def evaluate(
     finally:
         model.train(training)
     results = evaluation.finish(world)
+    if world.is_main and not math.isfinite(results.get("loss", 0.0)):
+        log.warning(
+            "the loss is not finite: for some samples the model's outputs overflow, and they count as wrong. Early in "
+            "training BatchNorm's running statistics may not hold back an unusual picture; otherwise try fp32 or bf16"
+        )
     n = results["n"]
     if n != samples:  # files that data.on_error=skip left out, by whichever rank met them, are accounted for
         left_out = set().union(*gather_objects(set(getattr(loader, "skipped", ()))))

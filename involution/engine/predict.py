@@ -2,7 +2,6 @@
 
 import csv
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from data.bands import BY_PILLOW, decode_bands
 from data.decode import BadImageError, check_pixels
 from data.folder import EXTENSIONS
+from involution.checks import strict_json
 from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
@@ -142,7 +142,7 @@ def _write_csv(path: Path, predictions: Predictions, predictor: Predictor) -> No
 
 
 def _write_json(path: Path, predictions: Predictions, predictor: Predictor) -> None:
-    path.write_text(json.dumps([predictor.as_dict(*prediction) for prediction in predictions], indent=2) + "\n")
+    path.write_text(strict_json([predictor.as_dict(*prediction) for prediction in predictions], indent=2) + "\n")
 
 
 def _draw(path: Path, predictions: Predictions, predictor: Predictor) -> None:

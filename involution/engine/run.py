@@ -18,6 +18,7 @@ from typing import IO, Any
 import torch
 import yaml
 
+from involution.checks import strict_json
 from involution.engine.config import differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
@@ -87,7 +88,7 @@ class RunFolder:
 
     def append_metrics(self, line: dict[str, Any]) -> None:
         with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(strict_json(line) + "\n")
 
     def rewind_metrics(self, step: int) -> None:
         """Drop the lines of epochs that ended after `step`, and a torn one: they are about to be written again."""
@@ -106,7 +107,7 @@ class RunFolder:
                 "images_per_s": sum(line["images_per_s"] * line["seconds"] for line in lines) / seconds,
                 "peak_memory_mb": max(line["peak_memory_mb"] for line in lines),
             }
-        (self.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        (self.path / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
 
 
 def _last_step(line: str) -> float:

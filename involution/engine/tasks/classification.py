@@ -64,7 +64,8 @@ class Accuracy:
 
     def count(self, logits: Tensor, batch: Batch) -> None:
         targets = batch.targets[: batch.valid]
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        numbers = logits.isfinite().all(1, keepdim=True)  # the order of others means nothing
+        ranked = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]) & numbers
         sums = (cross_entropy(logits, targets, reduction="sum"), ranked[:, :1].sum(), ranked.sum())
         self.sum_up(logits.new_full((), batch.valid), *sums)
 
