@@ -50,7 +50,8 @@ def draw_objects(picture: Tensor, found: Found, class_names: Sequence[str], scor
         names = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist())]
     boxes = torch.from_numpy(found.boxes) * factor
     boxes[:, 2:] = torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)  # a line at least
-    return draw_bounding_boxes(shown, boxes, names, colours, width=2)
+    labels = {"label_colors": "white", "label_background_colors": colours, "fill_labels": True}
+    return draw_bounding_boxes(shown, boxes, names, colours, width=2, **labels)
 
 
 def truth_of(images: CocoImages, index: int, masks: bool) -> Found:
