@@ -30,7 +30,7 @@ from data.image_list import ImageList
 CHUNK = 64  # images a task
 
 
-def _bad(images: ImageList, max_pixels: int, channels: int, start: int) -> list[tuple[str, str]]:
+def _bad(images: ImageList, max_pixels: int, start: int, channels: int = 3) -> list[tuple[str, str]]:
     """(path, reason) of the images of a chunk that cannot be read."""
     warnings.simplefilter("ignore")  # Pillow's warnings are about files that it reads all the same
     found = []
@@ -50,7 +50,7 @@ def scan(
 ) -> Iterator[tuple[str, str]]:
     """Decodes all images in `workers` processes; yields (path, reason) of the bad ones, in order."""
     with multiprocessing.Pool(workers) as pool, tqdm(total=len(images), desc=label, unit="image") as bar:
-        for found in pool.imap(partial(_bad, images, max_pixels, channels), range(0, len(images), CHUNK)):
+        for found in pool.imap(partial(_bad, images, max_pixels, channels=channels), range(0, len(images), CHUNK)):
             bar.update(min(CHUNK, len(images) - bar.n))
             yield from found
         pool.close()  # they end by themselves: a worker that was started with SIGTERM ignored cannot be terminated

@@ -41,8 +41,8 @@ RECIPES = {
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option != "data=as_trained"])
 def test_every_option_composes(option):
-    needed = ["checkpoint=WEIGHTS", *(["model.name=resnet10t"] if option == "model=timm" else [])]
-    check_model(config(*filter(None, [RECIPES.get(option), option]), *needed).model)
+    needed = {"model=timm": ["model.name=resnet10t"], "optimizer=timm": ["optimizer.name=lamb"]}.get(option, [])
+    check_model(config(*filter(None, [RECIPES.get(option), option]), "checkpoint=WEIGHTS", *needed).model)
 
 
 @pytest.mark.parametrize("recipe", ["paper", "rsb_a1", "rsb_a3", "swin"])
