@@ -12,11 +12,22 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from data.decode import MAX_PIXELS, BadImageError, check_pixels
+from data.decode import MAX_PIXELS, BadImageError, check_pixels, decode
 
 BY_PILLOW = (1, 3)  # channels that any picture can be given
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files begin; the last two are BigTIFF's
 _FULL = {"uint8": 1, "uint16": 257}  # a file's value that is one of ours
+
+
+def decode_channels(data: bytes, path: str, channels: int, max_pixels: int = MAX_PIXELS) -> Image.Image | torch.Tensor:
+    """Bytes of a picture -> it in RGB for a model of 1 or 3 channels, or its bands (H, W, C) for one of others.
+
+    Raises:
+        BadImageError: naming `path`, for a file that cannot be read so.
+    """
+    if channels in BY_PILLOW:
+        return decode(data, path, max_pixels)
+    return decode_bands(data, path, channels, max_pixels)
 
 
 def decode_bands(data: bytes, path: str, channels: int, max_pixels: int = MAX_PIXELS) -> torch.Tensor:

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from data import sampling
-from data.bands import BY_PILLOW, decode_bands
-from data.decode import MAX_PIXELS, BadImageError, decode
+from data.bands import BY_PILLOW, decode_channels
+from data.decode import MAX_PIXELS, BadImageError
 from data.erasing import Erasing
 from data.image_list import ImageList
 from data.mixing import Mixing
@@ -94,9 +94,7 @@ class Settings:
         Raises:
             BadImageError: it cannot be read.
         """
-        if self.bands is None:
-            return decode(data, self.images.paths[index], self.max_pixels)
-        return decode_bands(data, self.images.paths[index], self.bands, self.max_pixels)
+        return decode_channels(data, self.images.paths[index], len(self.mean), self.max_pixels)
 
 
 class Backend(Protocol):

@@ -113,17 +113,18 @@ class EvalTransform:
     def finish(self, window: torch.Tensor, draw: Sequence[float], size: int) -> torch.Tensor:
         """The decoded picture (h, w, 3) -> (S, S, 3), by Pillow itself: published weights evaluate as published."""
         h, w, top, left = self._resized(*window.shape[:2])
-        extreme = max(h, w) > EXTREME * self.resize  # a 1 x 20000 image would need gigabytes; equal within rounding
-        y0, x0, y1, x1 = self.region(draw, *window.shape[:2])[1]
-        if window.is_floating_point():
-            if extreme:
+        bands = window.is_floating_point()  # which Pillow does not resize
+        if max(h, w) > EXTREME * self.resize:  # a 1 x 20000 image would need gigabytes; equal within rounding
+            _, (y0, x0, y1, x1) = self.region(draw, *window.shape[:2])
+            if bands:
                 return resized(window[int(y0) : math.ceil(y1), int(x0) : math.ceil(x1)], size, size)
-            return resized(window, h, w)[top : top + size, left : left + size]
-        image = Image.fromarray(window.numpy())
-        if extreme:
+            image = Image.fromarray(window.numpy())
             image = image.resize((size, size), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1))
+        elif bands:
+            return resized(window, h, w)[top : top + size, left : left + size]
         else:
-            image = image.resize((w, h), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
+            image = Image.fromarray(window.numpy()).resize((w, h), Image.Resampling.BILINEAR)
+            image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
 
     def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:

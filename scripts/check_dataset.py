@@ -22,9 +22,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used from the checkout
 
 from data import BadImageError, exclusion, open_dataset
-from data.bands import BY_PILLOW, decode_bands
+from data.bands import decode_channels
 from data.datasets import EXCLUDED
-from data.decode import MAX_PIXELS, decode
+from data.decode import MAX_PIXELS
 from data.image_list import ImageList
 
 CHUNK = 64  # images a task
@@ -36,10 +36,7 @@ def _bad(images: ImageList, max_pixels: int, start: int, channels: int = 3) -> l
     found = []
     for index in range(start, min(start + CHUNK, len(images))):
         try:
-            if channels in BY_PILLOW:
-                decode(images.read(index), images.paths[index], max_pixels)
-            else:
-                decode_bands(images.read(index), images.paths[index], channels, max_pixels)
+            decode_channels(images.read(index), images.paths[index], channels, max_pixels)
         except BadImageError as error:
             found.append((error.path, error.reason))
     return found

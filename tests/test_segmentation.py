@@ -274,10 +274,8 @@ def test_ranks_and_one_process_agree_on_the_score_and_write_the_benchmarks_label
         (["model=rednet26", "data=cityscapes"], "model=rednet26 cannot be trained on data=cityscapes"),
         (["model=semantic_fpn", "data=cityscapes"], "choose recipe=cityscapes"),
         (["recipe=cityscapes", "train.epochs=3"], "set the other to null"),
-        (
-            ["recipe=cityscapes", "model=upernet", "train.batch_size=1"],
-            "use train.batch_size=2 or more",
-        ),  # complaint 15
+        # complaint 15
+        (["recipe=cityscapes", "model=upernet", "train.batch_size=1"], "use train.batch_size=2 or more"),
         (["recipe=cityscapes", "train.freeze=1"], "model.backbone.freeze"),
         (["recipe=cityscapes", "data.root=/nowhere"], "is no Cityscapes"),
         (["recipe=cityscapes", "data.root=PALETTE"], "has a palette; it should have one channel"),

@@ -130,13 +130,8 @@ RANGES = {  # lowest and highest value; None: no limit
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-TOLD = (
-    "model.name",
-    "optimizer.name",
-    "name",
-    "checkpoint",
-    "output_root",
-)  # "" in conf/: the command line has to tell
+# "" in conf/ where the command line has to tell
+TOLD = ("model.name", "optimizer.name", "name", "checkpoint", "output_root")
 # what keys mean that earlier configurations lack
 LATER = {
     "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",

@@ -20,9 +20,8 @@ def _own(key: str, default: Any, *, _root_: DictConfig) -> Any:
     if model and model.get("library") is not None:
         arguments: Any = OmegaConf.to_container(model)
         crop = _root_.data.val_size if key == "val_resize" else None
-        with suppress(
-            ValueError, TypeError, AttributeError
-        ):  # an unknown name or argument, which create_model explains
+        # an unknown name or argument is create_model's to explain
+        with suppress(ValueError, TypeError, AttributeError):
             default = from_timm.preparation(**arguments, val_size=crop)[key]
     return OmegaConf.create(default) if isinstance(default, list) else default  # OmegaConf resolves to no plain list
 
