@@ -108,7 +108,9 @@ class DaliBackend:
                 region = transform.region(draw, *shape)
                 return _Row(np.frombuffer(data, np.uint8), *region, transform.mirror(draw), draw)
             picture = self.settings.picture(data, index)
-            return _ready(transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw))
+            picture = transform.finish(cut(picture, transform, draw), draw, size)
+            transform.augment(picture, draw)
+            return _ready(picture)
         except BadImageError as error:
             return error
 
@@ -167,14 +169,16 @@ class DaliBackend:
             window = torch.from_dlpack(window)
             picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
         if self.settings.transform.policies:
-            list(self._augmenters.map(self._augment, pictures, draws))  # Pillow leaves Python to the other threads
+            n = max(1, self.settings.workers)  # a share for each thread: a task a picture costs as much again in switches
+            list(self._augmenters.map(self._augment, [pictures[i::n] for i in range(n)], [draws[i::n] for i in range(n)]))
         if self.settings.device.type == "cuda":
             pictures = pictures.pin_memory().to(self.settings.device, non_blocking=True)
         return pictures
 
-    def _augment(self, picture: torch.Tensor, draw: list[float] | None) -> None:
-        if draw is not None:
-            picture.copy_(self.settings.transform.augment(picture, draw))
+    def _augment(self, pictures: torch.Tensor, draws: list[list[float] | None]) -> None:
+        for picture, draw in zip(pictures, draws, strict=True):
+            if draw is not None:
+                self.settings.transform.augment(picture, draw)
 
 
 class _Running(NamedTuple):

@@ -44,7 +44,9 @@ class Pictures(Dataset[Loaded]):
             picture = self.settings.picture(images.read(index), index)
         except BadImageError as error:
             return error  # not raised here: a DataLoader would wrap the message in a traceback of its worker
-        return transform.augment(transform.finish(cut(picture, transform, draw), draw, size), draw)
+        picture = transform.finish(cut(picture, transform, draw), draw, size)
+        transform.augment(picture, draw)
+        return picture
 
 
 class _Requests(Sampler[MicroBatch]):

@@ -67,14 +67,16 @@ class TrainTransform:
         pixels = resized(window, size, size)
         return pixels.flip(1) if self.mirror(draw) else pixels
 
-    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:
-        """The policies' work on a picture (S, S, 3)."""
+    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> None:
+        """The policies' work on a picture (S, S, 3), in place."""
         if not self.policies:
-            return picture
-        image, start = Image.fromarray(picture.numpy()), sampling.DRAWS
+            return
+        pixels, start = picture.numpy(), sampling.DRAWS
+        image = original = Image.fromarray(pixels)
         for policy in self.policies:
             image, start = policy(image, draw[start : start + policy.draws]), start + policy.draws
-        return torch.from_numpy(np.array(image))
+        if image is not original:
+            pixels[:] = np.asarray(image)
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,8 @@ class EvalTransform:
             image = image.crop((left, top, left + size, top + size))
         return torch.from_numpy(np.array(image))
 
-    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> torch.Tensor:
-        return picture
+    def augment(self, picture: torch.Tensor, draw: Sequence[float]) -> None:
+        pass
 
 
 Transform = TrainTransform | EvalTransform
