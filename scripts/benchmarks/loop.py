@@ -96,6 +96,8 @@ class AlternatingLoader(OneBatch):
 def make_model(name: str, device: str, classes: int = 100) -> nn.Module:
     torch.manual_seed(0)
     options: dict[str, Any] = {"backbone": "rednet26", "neck": "involution"} if name == SEGMENTOR else {}
+    if name.startswith("timm/"):
+        name, options = name.removeprefix("timm/"), {"library": "timm"}
     return create_model(name, num_classes=classes, **options).to(device).to(memory_format=torch.channels_last).train()
 
 
@@ -237,7 +239,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--setup", nargs="+", default=["rednet26:64:16", "rednet50:224:8"], metavar="MODEL:SIDE:BATCH",
         help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8; for segmentation "
-        f"{SEGMENTOR}:64:4 (with involutions, on RedNet-26)",
+        f"{SEGMENTOR}:64:4 (with involutions, on RedNet-26); timm/NAME for one of timm's",
     )  # fmt: skip
     parser.add_argument("--peer", choices=("bare", "timm"), default="bare", help="the other side (default bare)")
     parser.add_argument("--root", help="--peer timm: train/<class>/ and val/<class>/ are in it (default: the demo set)")
