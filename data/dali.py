@@ -169,9 +169,9 @@ class DaliBackend:
             window = torch.from_dlpack(window)
             picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
         if self.settings.transform.policies:
-            n = max(1, self.settings.workers)
-            shares = [slice(i, None, n) for i in range(n)]  # a task for each picture would cost half as much again
-            list(self._augmenters.map(lambda share: self._augment(pictures[share], draws[share]), shares))
+            n = max(1, self.settings.workers)  # shares: a task for each picture would cost half as much again
+            shares = ([values[i::n] for i in range(n)] for values in (pictures, draws))
+            list(self._augmenters.map(self._augment, *shares))
         if self.settings.device.type == "cuda":
             pictures = pictures.pin_memory().to(self.settings.device, non_blocking=True)
         return pictures

@@ -101,7 +101,7 @@ def bare_dali(root: str, batch: int, side: int, workers: int, device: str) -> So
 
 
 def sources(root: str, args: argparse.Namespace) -> dict[str, Callable[[], Source]]:
-    """Every loader that can run here."""
+    """Every loader that can run here, or those of one `data.loader`."""
     rest = (args.batch, args.side, args.workers, args.device)
     try:
         import nvidia.dali  # noqa: F401
@@ -113,11 +113,12 @@ def sources(root: str, args: argparse.Namespace) -> dict[str, Callable[[], Sourc
             f"data.loader=dali{STRONG}": lambda: our_loader(root, "dali", *rest, strong=True),
             "DALI readers.file (peer)": lambda: bare_dali(root, *rest),
         }
-    return dali | {
+    torch_ = {
         "data.loader=torch": lambda: our_loader(root, "torch", *rest),
         f"data.loader=torch{STRONG}": lambda: our_loader(root, "torch", *rest, strong=True),
         "torchvision DataLoader (peer)": lambda: torchvision_loader(root, *rest),
     }
+    return {"dali": dali, "torch": torch_}.get(args.loader, dali | torch_)
 
 
 def rate(make: Callable[[], Source], batches: int, batch: int, device: str, step: Callable[[Any], Any] | None) -> float:
@@ -247,5 +248,6 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--side", type=int, default=224, help="of the crops (default 224)")
     parser.add_argument("--workers", type=int, default=2, help="processes or threads that decode (default 2)")
     parser.add_argument("--model", default="rednet50", help="default rednet50")
+    parser.add_argument("--loader", choices=("dali", "torch"), help="this one and its peer alone")
     parser.add_argument("--loading-only", action="store_true", help="neither the model nor memory")
     parser.set_defaults(run=run, title="Data loading")
