@@ -4,8 +4,12 @@ Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZ
 ``ops/standard.py`` has our operators in standard ones.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +19,14 @@ from torch.export import Dim, ExportedProgram
 
 from involution.checks import printable
 from involution.complexity import count
+from involution.folding import fold
 from involution.loading import IMAGENET, input_channels
 from involution.models import StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
 from involution.models.san import SAN
 from involution.models.standalone import StandAloneResNet
+from involution.ops import packaged
+from involution.ops.build import BuildError
 from involution.weights import describe
 
 #: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
@@ -71,14 +78,48 @@ def export_torch(model: nn.Module, path: str | Path, size: int | None = None) ->
     torch.export.save(export_program(model, size), path)
 
 
-def export_aoti(model: nn.Module, path: str | Path, size: int | None = None) -> None:
-    """Compile for the model's device into a ``.pt2`` package for ``torch._inductor.aoti_load_package`` or C++.
+def export_aoti(
+    model: nn.Module,
+    path: str | Path,
+    size: int | None = None,
+    class_names: Sequence[str] = (),
+    preparation: Mapping[str, Any] = IMAGENET,
+) -> None:
+    """Compile the folded model for its device into a ``.pt2`` package for ``torch._inductor.aoti_load_package`` or C++.
 
-    It takes a C++ compiler on a CPU, and minutes.
+    On a CPU, in float32, our operators are C++ kernels in the package, which any processor with this one's instructions
+    runs; where they cannot be compiled they are standard operators, with a warning, as they are on a GPU. Names and
+    preparation become metadata, for programs like ``docs/classify.cpp``.
+
+    Raises:
+        ValueError: the path does not end with .pt2, or there is no C++ compiler, which inductor needs.
     """
     if Path(path).suffix != ".pt2":
         raise ValueError(f"path is {path}; a package should be called *.pt2")
-    torch._inductor.aoti_compile_and_package(export_program(model, size), package_path=str(path))
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ValueError(
+            "a package needs a C++ compiler (g++, or the one CXX names); --format torch or onnx needs none"
+        )
+    told = {key: preparation[key] for key in IMAGENET}
+    notes = {key: " ".join(map(str, [*v] if isinstance(v, Iterable) else [v])) for key, v in told.items()}
+    notes["class_names"] = "\n".join(" ".join(name.split()) for name in class_names)
+    configs: dict[str, Any] = {"freezing": on_cpu, "cpp.dynamic_threads": True, "aot_inductor.metadata": notes}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if on_cpu:
+            try:
+                configs |= stack.enter_context(packaged.kept())
+            except BuildError as error:
+                warnings.warn(f"the package will be slower, of standard operators: {error}", stacklevel=2)
+        program = export_program(_folded(model), size)
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """As ``fold`` makes it, which need not say what it cannot fold; images may come in any memory format."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* is not folded")
+        return fold(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> None:

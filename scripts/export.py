@@ -4,7 +4,8 @@
 
 onnx         OUT.onnx, for any runtime; images of any batch, and of any size where there is no --size
 torch        OUT.pt2, for torch.export.load: no code of this project needed
-aoti         OUT.pt2, compiled for this machine's CPU (with --device cuda: GPU), for C++ or aoti_load_package; minutes
+aoti         OUT.pt2, compiled for CPUs like this one (with --device cuda: this GPU), for C++ (docs/classify.cpp) or
+             aoti_load_package; it takes a C++ compiler and about a minute
 safetensors  a folder OUT with model.safetensors and a model card
 CHECKPOINT: a path or URL: a run's folder, a file of train.py, released, .safetensors.
 """
@@ -44,7 +45,8 @@ def main() -> int:
             preparation = export.IMAGENET | data
             export.save_safetensors(model, arguments.out, class_names or (), preparation=preparation, arguments=made_by)
         else:
-            WRITERS[arguments.format](model, arguments.out, arguments.size)
+            about = (class_names or (), export.IMAGENET | data) if arguments.format == "aoti" else ()
+            WRITERS[arguments.format](model, arguments.out, arguments.size, *about)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

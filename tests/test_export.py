@@ -2,7 +2,6 @@
 
 import os
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from models_common import fitted
 from torch import nn
 
 import involution
-from involution import Involution2d, export
+from involution import export
 from involution.models import RedNet, load_model
 from involution.ops import involution2d, neighbourhood_product, standard
 
@@ -69,21 +68,6 @@ def test_onnx(model, tmp_path):
         [logits] = session.run(["logits"], {"images": images.numpy()})
         with torch.no_grad():
             torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling needs g++")
-def test_aoti_package(tmp_path):
-    torch.manual_seed(0)
-    layer = fitted(nn.Sequential(nn.Conv2d(3, 16, 1), Involution2d(16, 3, stride=2)))
-    export.export_aoti(layer, tmp_path / "layer.pt2")
-    package = torch._inductor.aoti_load_package(str(tmp_path / "layer.pt2"))
-    for size in SIZES:
-        images = torch.randn(size)
-        with torch.no_grad():
-            torch.testing.assert_close(package(images), layer(images), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"should be called \*.pt2"):
-        export.export_aoti(layer, tmp_path / "layer.so")
 
 
 def test_safetensors_with_a_model_card(tmp_path):

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -52,23 +53,62 @@ def library(level: str) -> ctypes.CDLL:
     Raises:
         BuildError: there is no compiler, or the build or the loading failed.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
-    flags = [*_FLAGS.split(), *_INSTRUCTION_FLAGS[level].split()]
-    name = f"involution-{level.lower()}-{_hash(compiler, flags)}.so"
-    path = cache_dir() / name
+    compiler, flags, name = _compilation(level)
+    path = cache_dir() / f"{name}.so"
     if path.exists():
         try:
             return _load(path)
         except OSError as error:
             logger.warning("building the CPU operator again: %s cannot be loaded (%s)", path, error)
-    path = writable_cache_dir() / name
-    _build(compiler, flags, path)
+    path = writable_cache_dir() / path.name
+    _build(path, lambda to: _run([compiler, "-shared", str(_kernels(compiler, flags, name)), "-o", to]))
     try:
         return _load(path)
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from error
+
+
+def package_object(level: str, needs: Sequence[str] = ()) -> Path:
+    """An object file for AOTInductor packages: the operator and csrc/package.cpp, which asks at loading for the
+    instructions of the level and those that flags `needs` (-mavx2 ...) name.
+
+    Raises:
+        BuildError: as above.
+    """
+    compiler, flags, name = _compilation(level)
+    needed = " ".join(f'NEED("{flag[2:]}")' for flag in sorted({*_INSTRUCTION_FLAGS[level].split(), *needs}))
+    include = Path(torch.__file__).parent / "include"
+    own = ["-std=gnu++20", "-O2", "-fPIC", "-fopenmp", f"-I{include}", f"-DNEEDS={needed}"]
+    told = hashlib.sha256(f"{torch.__version__} {own}".encode()).hexdigest()[:8]
+    path = writable_cache_dir() / f"{name}-package-{told}.o"
+
+    def write(to: str) -> None:
+        _run([compiler, *own, "-c", str(_SOURCES / "package.cpp"), "-o", f"{to}.entries"])
+        _run([compiler, "-r", "-nostdlib", f"{to}.entries", str(_kernels(compiler, flags, name)), "-o", to])
+
+    if not path.exists():
+        _build(path, write)
+    return path
+
+
+def _compilation(level: str) -> tuple[str, list[str], str]:
+    """The compiler, its flags, and a name that tells both and the sources."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
+    flags = [*_FLAGS.split(), *_INSTRUCTION_FLAGS[level].split()]
+    return compiler, flags, f"involution-{level.lower()}-{_hash(compiler, flags)}"
+
+
+def _kernels(compiler: str, flags: list[str], name: str) -> Path:
+    """The compiled kernels, which take longest. What links them leaves OpenMP open: it resolves to the one torch has
+    loaded, so that both share one pool of threads; a second OpenMP beside it would spin against torch's threads."""
+    path = writable_cache_dir() / f"{name}.o"
+    if not path.exists():
+        started = time.perf_counter()
+        _build(path, lambda to: _run([compiler, *flags, "-fopenmp", "-c", str(_SOURCES / "involution.cpp"), "-o", to]))
+        logger.info("built the CPU operator in %.0f s: %s", time.perf_counter() - started, path)
+    return path
 
 
 def _hash(compiler: str, flags: list[str]) -> str:
@@ -81,16 +121,11 @@ def _hash(compiler: str, flags: list[str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _build(compiler: str, flags: list[str], path: Path) -> None:
-    """Compiles and links. The link leaves OpenMP open: it resolves to the one torch has loaded, so that both share one
-    pool of threads; a second OpenMP beside it would spin against torch's threads."""
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as name:
-        built, linked = str(Path(name) / "involution.o"), Path(name) / path.name
-        _run([compiler, *flags, "-fopenmp", "-c", str(_SOURCES / "involution.cpp"), "-o", built])
-        _run([compiler, "-shared", built, "-o", str(linked)])
-        os.replace(linked, path)
-    logger.info("built the CPU operator in %.0f s: %s", time.perf_counter() - started, path)
+def _build(path: Path, write: Callable[[str], None]) -> None:
+    """Has `write` write to a temporary file, which becomes `path`."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        write(str(Path(folder) / path.name))
+        os.replace(Path(folder) / path.name, path)
 
 
 def _run(command: list[str]) -> None:

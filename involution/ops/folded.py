@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, cpu
+from . import backends, cpu, packaged
 from .functional import span_involution2d
 from .shapes import empty_output, output_hw
 from .standard import exporting
@@ -91,6 +91,8 @@ def folded_involution2d(
     options = hidden, groups, kernel_size, stride, dilation
     if has_torch_function((input, packed)):
         return handle_torch_function(folded_involution2d, (input, packed), input, packed, *options)
+    if exporting():
+        return (packaged.folded_involution2d if packaged.keeps(input, packed) else composed)(input, packed, *options)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or packed.requires_grad)
-    standing_in = differentiated or input.device.type != "cpu" or exporting() or active()
+    standing_in = differentiated or input.device.type != "cpu" or active()
     return (composed if standing_in else torch.ops.involution.folded_involution2d)(input, packed, *options)

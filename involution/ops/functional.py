@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import composed, registration, standard  # noqa: F401  (registration defines torch.ops.involution)
+from . import composed, packaged, registration, standard  # noqa: F401  (registration defines torch.ops.involution)
 from .shapes import output_hw
 from .transforms import active, apply
 
@@ -37,7 +37,8 @@ def involution2d(
         window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
         return handle_torch_function(involution2d, (input, kernel), input, kernel, **window)
     if standard.exporting():  # no checks: sizes are symbols there
-        return standard.involution2d(input, kernel, stride, _same(padding, kernel.shape[2], dilation), dilation)
+        form = packaged if packaged.keeps(input, kernel) else standard
+        return form.involution2d(input, kernel, stride, _same(padding, kernel.shape[2], dilation), dilation)
     if kernel.dim() != 6 or kernel.shape[2] != kernel.shape[3]:
         raise ValueError(f"kernel has shape {tuple(kernel.shape)}; it should be (B, G, K, K, Ho, Wo)")
     padding = _check_options(input, kernel.shape[2], stride, padding, dilation)
@@ -72,7 +73,8 @@ def neighbourhood_product(
         options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups}
         return handle_torch_function(neighbourhood_product, (query, key), query, key, kernel_size, **options)
     if standard.exporting():
-        return standard.neighbourhood_product(query, key, kernel_size, groups, stride, dilation)
+        form = packaged if packaged.keeps(query, key) else standard
+        return form.neighbourhood_product(query, key, kernel_size, groups, stride, dilation)
     padding = _check_options(key, kernel_size, stride, None, dilation, name="key")
     if groups < 1 or key.shape[1] % groups != 0:
         raise ValueError(f"groups is {groups}; it should divide the C = {key.shape[1]} channels of key")
