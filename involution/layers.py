@@ -115,9 +115,8 @@ class Involution2d(NotScripted, nn.Module):
         if (
             reduce.bias is not None
             or (reduce.weight.shape[1], *span.weight.shape[:2]) != (self.channels, taps, hidden)
-            or any(weight.dtype != x.dtype for weight in weights)
+            or not recompute.computes(x, *weights)
             or not norm.fits(batch_norm, x, hidden)
-            or torch.is_autocast_enabled("cpu")
         ):
             return None
         height, width = (-(-side // self.stride) for side in x.shape[2:])

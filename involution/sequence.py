@@ -49,9 +49,9 @@ def _step(layer: nn.Module | None, x: Tensor) -> recompute.Step | None:
     """The layer behind BatchNorm and ReLU as part of their operator; None for one that is to be called."""
     if isinstance(layer, Involution2d):
         return layer.training_step(x) if as_it_seems(layer, Involution2d) else None
-    if not isinstance(layer, nn.Conv2d) or not as_it_seems(layer, nn.Conv2d) or torch.is_autocast_enabled("cpu"):
+    if not isinstance(layer, nn.Conv2d) or not as_it_seems(layer, nn.Conv2d):
         return None
-    fits = layer.in_channels == x.shape[1] and all(p.dtype == x.dtype for p in layer.parameters())
+    fits = layer.in_channels == x.shape[1] and recompute.computes(x, *layer.parameters())
     if not fits or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return None
     options = recompute.Convolution(layer.stride, layer.padding, layer.dilation, layer.groups)

@@ -173,8 +173,7 @@ def test_damaged_library_is_built_again(
         pytest.skip("there is no C++ compiler")
     monkeypatch.setenv("INVOLUTION_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    flags = [*build._FLAGS.split(), *build._INSTRUCTION_FLAGS["plain"].split()]
-    path = tmp_path / f"involution-plain-{build._hash(build.shutil.which('g++'), flags)}.so"
+    path = tmp_path / f"{build._compilation('plain')[2]}.so"
     path.write_bytes(b"half a library")
     assert build.library.__wrapped__("plain").involution_chunks
     assert "cannot be loaded" in caplog.text

@@ -13,7 +13,7 @@ from involution import Involution2d, create_model
 from involution.ops import cpu
 from involution.sequence import norm_relu, sequence
 
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2}
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,7 +50,13 @@ def everything(output: Tensor, module: nn.Module, *inputs: Tensor) -> list[Tenso
     """The output, the gradients of inputs and parameters, and what the module keeps."""
     wanted = [t for t in (*inputs, *module.parameters()) if t.requires_grad]
     torch.manual_seed(1)
-    return [output, *torch.autograd.grad(output, wanted, torch.randn_like(output)), *module.buffers()]
+    grad = torch.randn_like(output, dtype=torch.float64).bfloat16().to(output.dtype)  # in every type the same
+    return [output, *torch.autograd.grad(output, wanted, grad), *module.buffers()]
+
+
+def exactly(x: Tensor) -> Tensor:
+    """The same in a type to compare bfloat16 with."""
+    return x.detach().float().requires_grad_() if x.dtype == torch.bfloat16 else x
 
 
 def assert_alike(result: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -70,16 +76,18 @@ def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch
         x = image(batch, channels, height, width, dtype=dtype)
         skip = image(batch, channels, height, width, dtype=dtype) if residual else None
         inputs = (x,) if skip is None else (x, skip)
-        module = batch_norm(channels, dtype, momentum=None if mode == "average" else 0.1)
-        other = copy.deepcopy(module)
+        in_float = dtype == torch.bfloat16 and not residual  # as under autocast
+        module = batch_norm(channels, torch.float32 if in_float else dtype, momentum=None if mode == "average" else 0.1)
+        other = copy.deepcopy(module).to(exactly(x).dtype)
         for m in (module, other):
             m.train(mode != "frozen")
         for _ in range(2):  # the second time on statistics that have changed
             names = operators(monkeypatch)
             result = everything(run(x, module, skip), module, *inputs)
             assert names == ["norm_forward", "norm_backward"]
-            plain = other(x) if skip is None else other(x) + skip
-            assert_alike(result, everything(plain.relu(), other, *inputs), TOLERANCE[dtype])
+            others = [exactly(t) for t in inputs]
+            plain = sum(others[1:], other(others[0]))
+            assert_alike(result, everything(plain.relu(), other, *others), TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -126,18 +134,25 @@ def test_a_layer_in_training(dtype, stride, instruction_set, monkeypatch):
     for channels, kernel_size, bias, size in [
         (32, 7, True, (2, 9, 8)),
         (64, 3, False, (5, 4, 7)),
-        (16, 1, True, (2, 2, 2)),
+        (16, 1, True, (2, 2, 2) if dtype != torch.bfloat16 else (2, 5, 4)),  # of two values it may see two equal ones
     ]:
-        layer = Involution2d(channels, kernel_size, stride).to(dtype)
+        autocast = dtype == torch.bfloat16 and stride == 1
+        layer = Involution2d(channels, kernel_size, stride).to(torch.float32 if autocast else dtype)
         if not bias:
             layer.kernel_generation.span.bias = None
         nn.init.normal_(layer.kernel_generation.norm.bias)
-        other = copy.deepcopy(layer)
+        if dtype == torch.bfloat16:  # whose rounding opens or closes no ReLU
+            layer.kernel_generation.norm.bias.data.sign_().mul_(6)
         x = image(size[0], channels, *size[1:], dtype=dtype)
+        other = copy.deepcopy(layer).to(exactly(x).dtype)
         names = operators(monkeypatch)
-        result = everything(layer(x), layer, x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = layer(x)
+        assert output.dtype == dtype
+        result = everything(output, layer, x)
         assert names[-1] == "pointwise_backward"
-        expected = everything(watch(other)(x), other, x)
+        exact = exactly(x)
+        expected = everything(watch(other)(exact), other, exact)
         assert names.count("pointwise_backward") == 1
         assert_alike(result, expected, TOLERANCE[dtype])
 
@@ -180,7 +195,7 @@ def test_it_leaves_the_modules_to_others(other, monkeypatch):
     elif other == "layout":
         x = x.detach().contiguous().requires_grad_()
     elif other == "type":
-        layer, x = layer.bfloat16(), x.detach().bfloat16().requires_grad_()
+        layer, x = layer.half(), x.detach().half().requires_grad_()
     elif other == "backend":
         monkeypatch.setenv("INVOLUTION_BACKEND", "shifted")
     elif other == "no statistics":
@@ -194,7 +209,8 @@ def test_it_leaves_the_modules_to_others(other, monkeypatch):
             run(layer(x), nn.BatchNorm2d(32, dtype=x.dtype))
     if handle is not None:
         handle.remove()
-    assert not [name for name in names if name.startswith("norm") and other not in ("no statistics", "hook", "wrapped")]
+    may_norm = "no statistics", "hook", "wrapped", "autocast"
+    assert not [name for name in names if name.startswith("norm") and other not in may_norm]
     assert "pointwise_backward" not in names
 
 

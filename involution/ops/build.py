@@ -47,13 +47,23 @@ def instruction_set() -> str:
 
 
 @functools.cache
-def library(level: str) -> ctypes.CDLL:
+def multiplies_half(level: str) -> bool:
+    """Whether matrices of bfloat16 are multiplied as they are there."""
+    return level == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+@functools.cache
+def library(level: str, half: bool = False) -> ctypes.CDLL:
     """The operator for an instruction set, loaded, after building it if it is not in the cache.
+
+    Args:
+        level: what ``instruction_set`` says.
+        half: the one for bfloat16; else the one for float32 and float64.
 
     Raises:
         BuildError: there is no compiler, or the build or the loading failed.
     """
-    compiler, flags, name = _compilation(level)
+    compiler, flags, name = _compilation(level, half)
     path = cache_dir() / f"{name}.so"
     if path.exists():
         try:
@@ -91,13 +101,15 @@ def package_object(level: str, needs: Sequence[str] = ()) -> Path:
     return path
 
 
-def _compilation(level: str) -> tuple[str, list[str], str]:
+def _compilation(level: str, half: bool = False) -> tuple[str, list[str], str]:
     """The compiler, its flags, and a name that tells both and the sources."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
     flags = [*_FLAGS.split(), *_INSTRUCTION_FLAGS[level].split()]
-    return compiler, flags, f"involution-{level.lower()}-{_hash(compiler, flags)}"
+    if half:
+        flags += ["-DINVOLUTION_HALF", *["-mavx512bf16"] * multiplies_half(level)]
+    return compiler, flags, f"involution-{level.lower()}{'-bf16' * half}-{_hash(compiler, flags)}"
 
 
 def _kernels(compiler: str, flags: list[str], name: str) -> Path:

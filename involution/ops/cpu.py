@@ -1,7 +1,7 @@
 """The C++ operator (csrc/) on CPU tensors: layouts, types, and the calls.
 
-The C++ side takes images in channels_last and adds up in float32 (float64 for float64). A bfloat16 kernel tensor, the
-large operand, is read as it is; the smaller tensors, and float16, are converted here.
+The C++ side takes images in channels_last, in float32, float64 and bfloat16, and adds up in float32 (float64 for
+float64). float16 is converted here.
 
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """
@@ -20,7 +20,7 @@ from .shapes import channels_dense, empty_kernel, empty_product, layout, output_
 
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
-    x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap half threads
+    x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap threads
 """
 
 
@@ -31,9 +31,9 @@ class _Problem(ctypes.Structure):
 
 
 @functools.cache
-def _failure(level: str) -> str | None:
+def _failure(level: str, half: bool) -> str | None:
     try:
-        build.library(level)
+        build.library(level, half)
     except build.BuildError as error:
         warnings.warn(f"the CPU operator runs as slower torch operations: {error}", RuntimeWarning, stacklevel=2)
         return str(error)
@@ -46,40 +46,46 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
         return "the tensors are not on the CPU"
     if input.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"{input.dtype} is not a type it knows"
-    return _failure(build.instruction_set())
+    return _failure(build.instruction_set(), input.dtype == torch.bfloat16)
 
 
 @functools.cache
 def _function(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., None]:
-    suffix = "double" if dtype == torch.float64 else "float"
-    function = getattr(build.library(level), f"involution_{name}_{suffix}")
+    suffix = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "half"}[dtype]
+    function = getattr(build.library(level, dtype == torch.bfloat16), f"involution_{name}_{suffix}")
     function.argtypes, function.restype = [ctypes.c_void_p] * (1 + tensors), None
     return function
 
 
-def call(name: str, wide: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
+def call(name: str, stored: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
     """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
     assert all(t is None or t.numel() for t in tensors), f"{name} takes no empty tensors"
-    function = _function(name, wide, build.instruction_set(), len(tensors))
+    function = _function(name, stored, build.instruction_set(), len(tensors))
     function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors])
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _stored(tensor: Tensor) -> Tensor:
+    """In a type that the C++ side reads."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
 def _pixels(image: Tensor, dense: bool = False) -> Tensor:
-    """(B, C, H, W) -> its pixels (B, H, W, C) in the accumulation type with the channels side by side."""
-    pixels = image.permute(0, 2, 3, 1).to(_wide(image.dtype))
+    """(B, C, H, W) -> its pixels (B, H, W, C) with the channels side by side."""
+    pixels = _stored(image).permute(0, 2, 3, 1)
     if dense or (pixels.stride(3) != 1 and pixels.shape[3] > 1):
         return pixels.contiguous()
     return pixels
 
 
-def _new_image(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """(B, C, H, W) in channels_last and in the accumulation type. No view of a (B, H, W, C): autograd adds another
-    gradient to one in place only where nobody else holds its memory."""
-    return torch.empty(shape, dtype=_wide(like.dtype), memory_format=torch.channels_last)
+def _new_image(shape: tuple[int, ...], pixels: Tensor) -> Tensor:
+    """(B, C, H, W) in channels_last. No view of a (B, H, W, C): autograd adds another gradient to one in place only
+    where nobody else holds its memory."""
+    return torch.empty(shape, dtype=pixels.dtype, memory_format=torch.channels_last)
 
 
 def _placed(image: Tensor, like: Tensor) -> Tensor:
@@ -109,16 +115,15 @@ def _taps(kernel: Tensor) -> Tensor:
 
 def _describe_taps(problem: _Problem, taps: Tensor) -> None:
     problem.kernel_batch, problem.kernel_row, problem.kernel_pixel, problem.kernel_tap = taps.stride()
-    problem.half = int(taps.dtype == torch.bfloat16)
 
 
 def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     """input (B, C, H, W), kernel (B, G, K, K, Ho, Wo) -> (B, C, Ho, Wo) in the layout of `input`."""
     pixels = _pixels(input)
     problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
+    taps = _taps(_stored(kernel))
     _describe_taps(problem, taps)
-    out = _new_image(_out_shape(problem), input)
+    out = _new_image(_out_shape(problem), pixels)
     call("forward", pixels.dtype, problem, pixels, taps, out)
     return _placed(out, input)
 
@@ -137,13 +142,13 @@ def backward(
     dtype = kernel.dtype
     pixels, grads = _pixels(input), _pixels(grad, dense=True)
     problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    kernel = kernel.float() if kernel.dtype == torch.float16 else kernel
+    kernel = _stored(kernel)
     grad_kernel = empty_kernel(kernel) if needs_kernel else None
     taps, grad_taps = _taps(kernel), None if grad_kernel is None else _taps(grad_kernel)
     if grad_taps is not None and grad_taps.stride() != taps.stride():
         taps = torch.empty_like(grad_taps).copy_(taps)
     _describe_taps(problem, taps)
-    grad_input = _new_image(input.shape, input) if needs_input else None
+    grad_input = _new_image(input.shape, pixels) if needs_input else None
     call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
     return (
         None if grad_input is None else _placed(grad_input, input),
@@ -156,10 +161,10 @@ def transpose(
 ) -> Tensor:
     """The gradient of the input alone: grad (B, C, Ho, Wo) -> (B, C, height, width)."""
     grads = _pixels(grad, dense=True)
-    out = _new_image((grad.shape[0], grad.shape[1], height, width), grad)
+    out = _new_image((grad.shape[0], grad.shape[1], height, width), grads)
     pixels = out.permute(0, 2, 3, 1)
     problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    taps = _taps(kernel.float() if kernel.dtype == torch.float16 else kernel)
+    taps = _taps(_stored(kernel))
     _describe_taps(problem, taps)
     call("backward", grads.dtype, problem, grads, None, taps, out, None)
     return _placed(out, grad)
@@ -171,7 +176,7 @@ def product(
     """The gradient of the kernel alone: query (B, C, Ho, Wo), key (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
     pixels, queries = _pixels(key), _pixels(query, dense=True)
     problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
-    out = empty_product(query.float() if query.dtype == torch.float16 else query, groups, kernel_size)
+    out = empty_product(_stored(query), groups, kernel_size)
     taps = _taps(out)
     _describe_taps(problem, taps)
     call("backward", pixels.dtype, problem, queries, pixels, None, None, taps)
@@ -191,7 +196,7 @@ def span_forward(
     """The fused operator: (B, C, H, W), (B, R, Ho, Wo), (G*K*K, R, 1, 1), (G*K*K,) -> (B, C, Ho, Wo)."""
     pixels = _pixels(input)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
-    out = _new_image(_out_shape(problem), input)
+    out = _new_image(_out_shape(problem), pixels)
     call("span_forward", pixels.dtype, problem, pixels, *operands, out)
     return _placed(out, input)
 
@@ -207,14 +212,16 @@ def span_backward(
     padding: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of input, reduced, weight and bias."""
+    """Gradients of input, reduced, weight and bias; the last two in the types that these have."""
     pixels, grads = _pixels(input), _pixels(grad, dense=True)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
     rows = operands[1]
-    chunks = build.library(build.instruction_set()).involution_chunks(ctypes.byref(problem))
-    grad_input = _new_image(input.shape, input)
-    grad_reduced = _new_image((chunks * reduced.shape[0], *reduced.shape[1:]), reduced)
-    grad_rows, grad_bias = torch.empty_like(rows), rows.new_empty(rows.shape[0])
+    library = build.library(build.instruction_set(), pixels.dtype == torch.bfloat16)
+    chunks = library.involution_chunks(ctypes.byref(problem))
+    grad_input = _new_image(input.shape, pixels)
+    grad_reduced = _new_image((chunks * reduced.shape[0], *reduced.shape[1:]), pixels)
+    sums = wide(pixels.dtype)
+    grad_rows, grad_bias = torch.empty_like(rows, dtype=sums), rows.new_empty(rows.shape[0], dtype=sums)
     call(
         "span_backward", pixels.dtype, problem, grads, pixels, *operands, grad_input, grad_reduced, grad_rows, grad_bias
     )
@@ -242,7 +249,7 @@ def _span_problem(
     problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
     problem.hidden = reduced.shape[1]
     rows = weight.flatten(1).to(pixels.dtype).contiguous()
-    bias = None if bias is None else bias.to(pixels.dtype).contiguous()
+    bias = None if bias is None else bias.to(wide(pixels.dtype)).contiguous()
     return problem, (_pixels(reduced, dense=True), rows, bias)
 
 
@@ -261,11 +268,14 @@ def _folded_call(
 def folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     """A whole layer in inference: (B, C, H, W) -> (B, C, Ho, Wo), see folded.py. One image takes 100 microseconds, so
     each of the few that Python takes counts."""
-    if not channels_dense(input) or input.dtype != packed.dtype or input.dtype not in (torch.float32, torch.float64):
-        wide = _wide(input.dtype)
-        image = input.to(wide, memory_format=torch.channels_last)
-        return _placed(_folded_forward(image, packed.to(wide), *options), input)
-    return _folded_forward(input, packed, *options)
+    image = _stored(input)
+    multiplied = image.dtype
+    if multiplied == torch.bfloat16 and not build.multiplies_half(build.instruction_set()):
+        multiplied = torch.float32
+    if channels_dense(input) and image is input and packed.dtype == multiplied:
+        return _folded_forward(input, packed, *options)
+    image = image.contiguous(memory_format=torch.channels_last)
+    return _placed(_folded_forward(image, packed.to(multiplied), *options), input)
 
 
 def _folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:

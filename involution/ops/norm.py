@@ -32,11 +32,11 @@ def supports(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> boo
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the operators of training take this image: plain, float32 or float64, channels_last, on the CPU."""
+    """Whether the operators of training take this image: plain, float32, 64 or bfloat16, channels_last, on the CPU."""
     return (
         type(x) is Tensor
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
         and x.dim() == 4
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -45,11 +45,9 @@ def takes(x: Tensor) -> bool:
 
 
 def fits(norm: nn.BatchNorm2d, x: Tensor, channels: int) -> bool:
-    """Whether weights and statistics are there, for so many channels, and of the type of ``x``."""
-    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    return all(
-        t is not None and t.shape == (channels,) and t.dtype == x.dtype and t.device == x.device for t in tensors
-    )
+    """Whether weights and statistics are there, for so many channels, in the type of ``x`` or of its sums."""
+    tensors, types = (norm.weight, norm.bias, norm.running_mean, norm.running_var), (x.dtype, cpu.wide(x.dtype))
+    return all(t is not None and t.shape == (channels,) and t.dtype in types and t.device == x.device for t in tensors)
 
 
 def norm_relu(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> Tensor:
@@ -74,8 +72,13 @@ def forward(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(x) [+ skip]), and the coefficients (4, C) that the backward needs; updates mean and var in training."""
-    out, coefficients = torch.empty_like(x), x.new_empty(4, x.shape[1])
-    cpu.call("norm_forward", x.dtype, problem, x, skip, weight, bias, mean, var, coefficients, out)
+    sums = cpu.wide(x.dtype)
+    out, coefficients = torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=sums)
+    weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
+    cpu.call("norm_forward", x.dtype, problem, x, skip, weight, bias, new_mean, new_var, coefficients, out)
+    for statistic, new in ((mean, new_mean), (var, new_var)):
+        if new is not statistic and problem.training:
+            statistic.copy_(new)
     return out, coefficients
 
 
@@ -98,11 +101,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight, bias and skip. out: the result where there was a skip."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    grad_x, sums = torch.empty_like(x), coefficients.dtype
+    grad_weight, grad_bias = torch.empty_like(weight, dtype=sums), torch.empty_like(bias, dtype=sums)
     grad_skip = None if out is None else torch.empty_like(x)
     tensors = grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias
     cpu.call("norm_backward", x.dtype, problem, *tensors)
-    return grad_x, grad_weight, grad_bias, grad_skip
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_skip
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:
@@ -110,6 +114,7 @@ def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem
     training, eps = bool(problem.training), problem.eps
     mean, inverse, *_ = coefficients
     var = inverse**-2 - eps
+    weight, bias = weight.to(var.dtype), bias.to(var.dtype)
     return F.batch_norm(x, None if training else mean, None if training else var, weight, bias, training, 0.0, eps)
 
 

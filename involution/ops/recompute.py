@@ -23,6 +23,21 @@ from . import cpu, differentiable, norm
 Kept = tuple[Tensor, ...]
 
 
+def computes(x: Tensor, *weights: Tensor) -> bool:
+    """Whether layers with these weights compute in the type of ``x``: they have it, or autocast gives it to them."""
+    types = [x.dtype]
+    if torch.is_autocast_enabled("cpu"):
+        if x.dtype != torch.get_autocast_dtype("cpu"):
+            return False
+        types.append(torch.float32)
+    return all(weight.dtype in types for weight in weights)
+
+
+def _like(x: Tensor, *weights: Tensor | None) -> list[Any]:
+    """In the type of ``x``, as under autocast."""
+    return [None if weight is None else weight.to(x.dtype) for weight in weights]
+
+
 class Convolution(NamedTuple):
     """A convolution's options; operands: weight, bias."""
 
@@ -37,13 +52,14 @@ class Convolution(NamedTuple):
 
     def backward(self, grad: Tensor, kept: Kept, needs: list[bool], x: Tensor, *operands: Tensor | None) -> list[Any]:
         """Gradients of x and the operands."""
-        weight, bias = operands
+        weight, bias = _like(x, *operands)
         sizes = None if bias is None else bias.shape
         options = self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
         return [*torch.ops.aten.convolution_backward(grad, x, weight, sizes, *options, needs)]
 
     def again(self, kept: Kept, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output once more, by operators that can be differentiated any number of times."""
+        weight, bias = _like(x, weight, bias)
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
@@ -67,7 +83,7 @@ class Involution(NamedTuple):
         var: Tensor,
     ) -> tuple[Tensor, Kept]:
         """The output and what the backward needs besides the operands."""
-        reduced = F.conv2d(self._pool(x), reduce).contiguous(memory_format=torch.channels_last)
+        reduced = F.conv2d(self._pool(x), *_like(x, reduce)).contiguous(memory_format=torch.channels_last)
         hidden, coefficients = norm.forward(reduced, weight, bias, mean, var, self.problem)
         return cpu.span_forward(x, hidden, span, span_bias, *self._window()), (reduced, coefficients)
 
@@ -78,19 +94,21 @@ class Involution(NamedTuple):
         hidden = norm.remake(reduced, coefficients)
         grad_x, grad_hidden, *grad_span = cpu.span_backward(grad, x, hidden, span, span_bias, *self._window())
         grad_reduced, *grad_norm, _ = norm.backward(grad_hidden, reduced, weight, bias, coefficients, self.problem)
-        grad_reduce, pooled = torch.empty_like(reduce), self._pool(x)
+        grad_reduce, pooled = torch.empty_like(reduce, dtype=cpu.wide(x.dtype)), self._pool(x)
         grad_pooled = grad_x if pooled is x else torch.empty_like(pooled)
         rows, channels = pooled.numel() // pooled.shape[1], pooled.shape[1]
         problem = _Pointwise(rows, channels, reduced.shape[1], int(pooled is x), torch.get_num_threads())
-        cpu.call("pointwise_backward", x.dtype, problem, grad_reduced, pooled, reduce, grad_pooled, grad_reduce)
+        tensors = grad_reduced, pooled, *_like(x, reduce), grad_pooled, grad_reduce
+        cpu.call("pointwise_backward", x.dtype, problem, *tensors)
         if pooled is not x:
             side = [self.stride, self.stride]
             grad_x += torch.ops.aten.avg_pool2d_backward(grad_pooled, x, side, side, [0, 0], True, False, None)
-        return [grad_x, grad_reduce, *grad_norm, *grad_span]
+        return [grad_x, grad_reduce.to(reduce.dtype), *grad_norm, *grad_span]
 
     def again(self, kept: Kept, x: Tensor, *operands: Any) -> Tensor:
         """The output once more, by operators that can be differentiated any number of times."""
         reduce, weight, bias, span, span_bias = operands
+        reduce, span, span_bias = _like(x, reduce, span, span_bias)
         reduced = F.conv2d(self._pool(x), reduce)
         hidden = norm.again(reduced, weight, bias, kept[1], self.problem).relu()
         return differentiable.span_involution2d(x, hidden, span, span_bias, self._window())
@@ -141,8 +159,9 @@ class _Layer(torch.autograd.Function):
         step_statistics: tuple[Tensor | None, ...],
         *operands: Tensor,
     ) -> Tensor:
-        seen, coefficients = (x, None) if problem is None else norm.forward(x, weight, bias, *statistics, problem)
-        out, kept = options.forward(seen, *operands, *step_statistics)
+        with torch.autocast("cpu", enabled=False):  # what it is given has its type, and keeps it
+            seen, coefficients = (x, None) if problem is None else norm.forward(x, weight, bias, *statistics, problem)
+            out, kept = options.forward(seen, *operands, *step_statistics)
         differentiable.keep(ctx, x, weight, bias, coefficients, *operands, *kept)
         ctx.problem, ctx.options, ctx.operands = problem, options, len(operands)
         return out

@@ -10,13 +10,13 @@
 #include <omp.h>
 #endif
 
+#include "half.h"
 #include "window.h"
 
 struct Problem {  // mirrored by cpu.py: same names, same order, all 64-bit
     int64_t batch, channels, groups, height, width, out_height, out_width, size, stride, padding, dilation, hidden;
     int64_t x_batch, x_row, x_pixel;                            // strides of the input, in elements
     int64_t kernel_batch, kernel_row, kernel_pixel, kernel_tap;  // strides of the kernel
-    int64_t half;                                               // 1: the kernel is stored as bfloat16
     int64_t threads;
 
     Window window() const { return {height, width, size, stride, padding, dilation}; }
@@ -46,11 +46,23 @@ constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed 
 // Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
 template <class A>
 A* scratch(int slot, int64_t count) {
-    static thread_local std::vector<A> buffers[10];
+    static thread_local std::vector<A> buffers[12];
     constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
     if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
     const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());
     return reinterpret_cast<A*>((address + kRegisterBytes - 1) / kRegisterBytes * kRegisterBytes);
+}
+
+// The same values as `To`: these, or a copy in a buffer.
+template <class To, class S>
+const To* as(const S* from, int64_t n, int slot) {
+    if constexpr (std::is_same_v<To, S>) {
+        return from;
+    } else {
+        To* copy = scratch<To>(slot, n);
+        convert<Wide<S>>(from, n, copy);
+        return copy;
+    }
 }
 
 template <class F>
@@ -116,13 +128,3 @@ struct Tiling {
                 f(Tile<A>{i, std::min(i + rows, unit.last_row), j, std::min(j + columns, p.out_width), nullptr, 0, 0});
     }
 };
-
-template <int P>
-using Count = std::integral_constant<int, P>;
-
-// f(lanes, channel) over the channels of a group: full registers, then narrower ones for the rest.
-template <class A, int N = kLanes<A>, class F>
-INLINE void each_register(int64_t channel, int64_t channels, F f) {
-    for (; channel + N <= channels; channel += N) f(Count<N>{}, channel);
-    if constexpr (N > 1) each_register<A, N / 2>(channel, channels, f);
-}

@@ -3,33 +3,40 @@
 #pragma once
 #include "fused.h"
 
-template <class A>
+template <class A, class T, class F = Factor<T>>
 struct Generator {
     const Problem& p;
-    const A* x;
-    Panels<A> reduce;
+    const T* x;
+    Panels<A, F> reduce;
     int64_t step;  // R in whole registers
 
     // Output pixels [first, last), counted over all images, to hidden [last - first][step].
-    void make_hidden(int64_t first, int64_t last, A* hidden) const {
+    void make_hidden(int64_t first, int64_t last, F* hidden) const {
         const int64_t area = p.out_height * p.out_width;
         const bool in_place = p.stride == 1 && p.x_row == p.width * p.x_pixel;
         for (int64_t n; first < last; first += n, hidden += n * step) {
             const int64_t image = first / area, pixel = first % area;
             n = std::min({4 * int64_t(kBlockRows), last - first, area - pixel});
-            const A* from = x + image * p.x_batch;
-            if (in_place)
-                reduce.multiply(n, from + pixel * p.x_pixel, p.x_pixel, 0, step, hidden, step);
+            const T* from = x + image * p.x_batch;
+            const bool whole = in_place && (std::is_same_v<T, F> || p.x_pixel == p.channels);
+            const F* rows = whole ? as<F>(from + pixel * p.x_pixel, n * p.channels, 3) : pool(from, pixel, n);
+            A* sums;
+            if constexpr (std::is_same_v<A, F>)
+                sums = hidden;
             else
-                reduce.multiply(n, pool(from, pixel, n), p.channels, 0, step, hidden, step);
-            for (int64_t i = 0; i < n * step; ++i) hidden[i] = hidden[i] < A(0) ? A(0) : hidden[i];
+                sums = scratch<A>(4, n * step);
+            reduce.multiply(n, rows, whole ? p.x_pixel : p.channels, 0, step, sums, step);
+            for (int64_t i = 0; i < n * step; i += kLanes<A>) {
+                const auto value = load<Vec<A>>(sums + i);
+                store(hidden + i, value < Vec<A>{} ? Vec<A>{} : value);  // in this order NaN stays NaN
+            }
         }
     }
 
     // The stride x stride cells of n output pixels, [n][C]; cells at the border average the pixels they have.
-    const A* pool(const A* image, int64_t pixel, int64_t n) const {
-        A* pooled = scratch<A>(3, n * p.channels);
-        for (A* to = pooled; n > 0; ++pixel, --n, to += p.channels) {
+    const F* pool(const T* image, int64_t pixel, int64_t n) const {
+        F* pooled = scratch<F>(3, n * p.channels);
+        for (F* to = pooled; n > 0; ++pixel, --n, to += p.channels) {
             const int64_t top = pixel / p.out_width * p.stride, bottom = std::min(top + p.stride, p.height);
             const int64_t left = pixel % p.out_width * p.stride, right = std::min(left + p.stride, p.width);
             const A share = A(1) / A((bottom - top) * (right - left));
@@ -46,36 +53,39 @@ struct Generator {
 };
 
 // packed: reduce, its bias, span, its bias, scale and shift one behind the other, the first four in whole panels
-template <class A>
-void folded_forward(const Problem& p, const A* x, const A* packed, A* out) {
+template <class A, class T, class F = Factor<T>>
+void folded_forward(const Problem& p, const T* x, const F* packed, T* out) {
     const Division division(p, true);
-    const A* const reduce = packed;
-    const A* const reduce_bias = reduce + p.channels * whole_panels(p.hidden);
-    const A* const span = reduce_bias + whole_panels(p.hidden);
-    const A* const span_bias = span + p.hidden * whole_panels(p.groups * p.taps());
-    const A* const scale = span_bias + whole_panels(p.groups * p.taps());
-    const Generator<A> generator{p, x, {reduce, reduce_bias, p.channels}, whole_registers<A>(p.hidden)};
+    const int64_t columns = whole_panels(p.groups * p.taps());
+    const F* const reduce = packed;
+    const F* const reduce_bias = reduce + p.channels * whole_panels(p.hidden);
+    const F* const span = reduce_bias + whole_panels(p.hidden);
+    const F* const span_bias = span + p.hidden * columns;
+    const A* const added = as<A>(reduce_bias, whole_panels(p.hidden), 6);
+    const A* const addends = as<A>(span_bias, columns + 2 * p.channels, 7);
+    const A* const scale = addends + columns;
+    const Generator<A, T> generator{p, x, {reduce, added, p.channels}, whole_registers<A>(p.hidden)};
     const int64_t pixels = p.batch * p.out_height * p.out_width, step = generator.step;
     const bool together = division.chunks > 1;  // threads with some of the groups each need all of hidden
-    A* hidden = together ? scratch<A>(5, pixels * step) : nullptr;
+    F* hidden = together ? scratch<F>(5, pixels * step) : nullptr;
     if (together)
         on_threads(p.threads, [&](int thread, int count) {
             const int64_t first = pixels * thread / count;
             generator.make_hidden(first, pixels * (thread + 1) / count, hidden + first * step);
         });
-    const auto hidden_of = [&](const Unit& unit, const Tile<A>& tile) -> const A* {
+    const auto hidden_of = [&](const Unit& unit, const Tile<A>& tile) -> const F* {
         const int64_t first = first_pixel(p, unit, tile);
         if (together) return hidden + first * step;
-        A* own = scratch<A>(5, tile.pixels() * step);
+        F* own = scratch<F>(5, tile.pixels() * step);
         generator.make_hidden(first, first + tile.pixels(), own);
         return own;
     };
-    const Span<A> spans{p, {span, span_bias, p.hidden}};
+    const Span<A, F> spans{p, {span, addends, p.hidden}};
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int count) {
         each_of(division.units(p), thread, count, [&](int64_t n) {
             const Unit unit = division.unit(p, n);
-            span_forward<A>(spans, unit, x, [&](const Tile<A>& tile) { return hidden_of(unit, tile); }, step,
-                            {scale, scale + p.channels}, out);
+            const auto hidden_of_tile = [&](const Tile<A>& tile) { return hidden_of(unit, tile); };
+            span_forward<A>(spans, unit, x, hidden_of_tile, step, Finish<A>{scale, scale + p.channels}, out);
         });
     });
 }

@@ -1,31 +1,10 @@
 // Entry points. Of the plain operator the kernel tensor is read (its gradient written) in place where its taps lie
 // together in the type of the sums; else tile by tile through a converted copy.
-#include <cstring>
-
 #include "folded.h"
 #include "norm.h"
 #include "pointwise.h"
 
-typedef uint16_t Half;  // bfloat16
-
-INLINE float widen(float v) { return v; }
-INLINE double widen(double v) { return v; }
-INLINE float widen(Half v) {
-    const uint32_t bits = uint32_t(v) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-INLINE void narrow(float v, float* to) { *to = v; }
-INLINE void narrow(double v, double* to) { *to = v; }
-INLINE void narrow(float v, Half* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, sizeof bits);
-    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    *to = Half(v != v ? 0x7fc0 : rounded);
-}
-
-// move(stored value, tile value) for the taps of every pixel of a tile, in blocks that suit both layouts.
+// move(stored values, tile values, their number) for the taps of every pixel of a tile, in blocks that suit both layouts.
 template <class T, class A, class F>
 void each_value(const Problem& p, const Unit& unit, const Tile<A>& tile, T* image, F move) {
     const int64_t taps = unit.groups() * p.taps(), columns = tile.last_column - tile.column;
@@ -33,14 +12,13 @@ void each_value(const Problem& p, const Unit& unit, const Tile<A>& tile, T* imag
         T* row = image + i * p.kernel_row + tile.column * p.kernel_pixel + unit.group * p.taps() * p.kernel_tap;
         A* to = tile.values + (i - tile.row) * tile.row_step;
         if (p.kernel_tap == 1) {
-            for (int64_t j = 0; j < columns; ++j)
-                for (int64_t t = 0; t < taps; ++t) move(row[j * p.kernel_pixel + t], to[j * tile.pixel_step + t]);
+            for (int64_t j = 0; j < columns; ++j) move(row + j * p.kernel_pixel, to + j * tile.pixel_step, taps);
             continue;
         }
         for (int64_t t0 = 0; t0 < taps; t0 += 16)
             for (int64_t j = 0; j < columns; ++j)
                 for (int64_t t = t0; t < std::min(t0 + 16, taps); ++t)
-                    move(row[j * p.kernel_pixel + t * p.kernel_tap], to[j * tile.pixel_step + t]);
+                    move(row + j * p.kernel_pixel + t * p.kernel_tap, to + j * tile.pixel_step + t, 1);
     }
 }
 
@@ -66,49 +44,56 @@ bool in_place(const Problem& p) {
     return sizeof(T) == sizeof(A) && p.kernel_tap == 1;
 }
 
-template <class A, class T>
-void forward(const Problem& p, const A* x, const T* kernel, A* out) {
+template <class T, class A = Wide<T>>
+void read_kernels(const Problem& p, const Unit& unit, const Tile<A>& tile, const T* from) {
+    if (in_place<A, T>(p)) return;
+    each_value(p, unit, tile, from, [](const T* v, A* w, int64_t n) { convert<A>(v, n, w); });
+}
+
+template <class T, class A = Wide<T>>
+void forward(const Problem& p, const T* x, const T* kernel, T* out) {
     const Division division(p, true);
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
             const Unit unit = division.unit(p, n);
             const Tiling<A> tiling(p, unit);
-            InputRows<A> rows(p, unit, tiling.rows, x + unit.image * p.x_batch);
+            InputRows<A, T> rows(p, unit, tiling.rows, x + unit.image * p.x_batch);
             tiling.each(p, unit, [&](Tile<A> tile) {
                 const T* from = kernel + unit.image * p.kernel_batch;
                 tile = place_tile<A>(p, unit, tile, from);
-                if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
+                read_kernels(p, unit, tile, from);
                 tile_forward(unit, tile, rows, out + unit.image * p.out_height * p.out_width * p.channels);
             });
         });
     });
 }
 
-template <class A, class T>
-void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* grad_x, T* grad_kernel) {
+template <class T, class A = Wide<T>>
+void backward(const Problem& p, const T* grad, const T* x, const T* kernel, T* grad_x, T* grad_kernel) {
     const Division division(p, false);
     on_threads(std::min(p.threads, division.units(p)), [&](int thread, int threads) {
         each_of(division.units(p), thread, threads, [&](int64_t n) {
             const Unit unit = division.unit(p, n);
             const Tiling<A> tiling(p, unit);
             const T* from = kernel + unit.image * p.kernel_batch;
-            const A* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
+            const T* grads = grad + unit.image * p.out_height * p.out_width * p.channels;
             if (grad_x) {
-                GradientRows<A> rows(p, unit, tiling.rows, grad_x + unit.image * p.height * p.width * p.channels);
+                GradientRows<A, T> rows(p, unit, tiling.rows, grad_x + unit.image * p.height * p.width * p.channels);
                 tiling.each(p, unit, [&](Tile<A> tile) {
                     tile = place_tile<A>(p, unit, tile, from);
-                    if (!in_place<A, T>(p)) each_value(p, unit, tile, from, [](T v, A& w) { w = widen(v); });
+                    read_kernels(p, unit, tile, from);
                     tile_grad_input(unit, tile, rows, grads);
                 });
                 rows.finish();
             }
             if (grad_kernel) {
                 T* to = grad_kernel + unit.image * p.kernel_batch;
-                Planes<A> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
+                Planes<A, T> planes(p, unit, tiling.rows, x + unit.image * p.x_batch);
                 tiling.each(p, unit, [&](Tile<A> tile) {
                     tile = place_tile<A>(p, unit, tile, to);
                     tile_grad_kernel(p, unit, tile, planes, grads);
-                    if (!in_place<A, T>(p)) each_value(p, unit, tile, to, [](T& v, A w) { narrow(w, &v); });
+                    if (!in_place<A, T>(p))
+                        each_value(p, unit, tile, to, [](T* v, A* w, int64_t n) { convert<A>(w, n, v); });
                 });
             }
         });
@@ -116,64 +101,51 @@ void backward(const Problem& p, const A* grad, const A* x, const T* kernel, A* g
 }
 
 extern "C" {
-// x, out, grad, grad_x: float (or double); kernel, grad_kernel: the same, or bfloat16 where p->half. grad_x and
-// grad_kernel may be null. The kernel and its gradient have the same strides.
-void involution_forward_float(const Problem* p, const float* x, const void* kernel, float* out) {
-    if (p->half)
-        forward(*p, x, static_cast<const Half*>(kernel), out);
-    else
-        forward(*p, x, static_cast<const float*>(kernel), out);
-}
-void involution_forward_double(const Problem* p, const double* x, const void* kernel, double* out) {
-    forward(*p, x, static_cast<const double*>(kernel), out);
-}
-void involution_backward_float(const Problem* p, const float* grad, const float* x, const void* kernel, float* grad_x,
-                               void* grad_kernel) {
-    if (p->half)
-        backward(*p, grad, x, static_cast<const Half*>(kernel), grad_x, static_cast<Half*>(grad_kernel));
-    else
-        backward(*p, grad, x, static_cast<const float*>(kernel), grad_x, static_cast<float*>(grad_kernel));
-}
-void involution_backward_double(const Problem* p, const double* grad, const double* x, const void* kernel,
-                                double* grad_x, void* grad_kernel) {
-    backward(*p, grad, x, static_cast<const double*>(kernel), grad_x, static_cast<double*>(grad_kernel));
-}
-
 // Copies of grad_reduced that involution_span_backward_* fills.
 int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks; }
 
-#define SPAN(NAME, A)                                                                                                 \
-    void involution_span_forward_##NAME(const Problem* p, const A* x, const A* reduced, const A* weight,              \
-                                        const A* bias, A* out) {                                                      \
+// Images, kernels, weights and the gradients of images and kernels are stored as T; what is one value a channel or a
+// row of a weight, and the gradients of those and of weights, as A. grad_x and grad_kernel of the plain operator may be
+// null; the kernel and its gradient have the same strides.
+#define OPERATORS(NAME, T, A)                                                                                         \
+    void involution_forward_##NAME(const Problem* p, const T* x, const T* kernel, T* out) {                           \
+        forward(*p, x, kernel, out);                                                                                  \
+    }                                                                                                                 \
+    void involution_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* kernel, T* grad_x,          \
+                                    T* grad_kernel) {                                                                 \
+        backward(*p, grad, x, kernel, grad_x, grad_kernel);                                                           \
+    }                                                                                                                 \
+    void involution_span_forward_##NAME(const Problem* p, const T* x, const T* reduced, const T* weight,              \
+                                        const A* bias, T* out) {                                                      \
         span_forward(*p, x, reduced, weight, bias, out);                                                              \
     }                                                                                                                 \
-    void involution_span_backward_##NAME(const Problem* p, const A* grad, const A* x, const A* reduced,               \
-                                         const A* weight, const A* bias, A* grad_x, A* grad_reduced, A* grad_weight,  \
+    void involution_span_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* reduced,               \
+                                         const T* weight, const A* bias, T* grad_x, T* grad_reduced, A* grad_weight,  \
                                          A* grad_bias) {                                                              \
         span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);              \
     }                                                                                                                 \
-    void involution_folded_forward_##NAME(const Problem* p, const A* x, const A* packed, A* out) {                    \
-        folded_forward(*p, x, packed, out);                                                                           \
-    }
-SPAN(float, float)
-SPAN(double, double)
-
-#define TRAINING(NAME, A)                                                                                             \
-    void involution_norm_forward_##NAME(const Norm* n, const A* x, const A* skip, const A* weight, const A* bias,     \
-                                        A* running_mean, A* running_var, A* coefficients, A* out) {                   \
+    void involution_folded_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {            \
+        folded_forward<A>(*p, x, packed, out);                                                                        \
+    }                                                                                                                 \
+    void involution_norm_forward_##NAME(const Norm* n, const T* x, const T* skip, const A* weight, const A* bias,     \
+                                        A* running_mean, A* running_var, A* coefficients, T* out) {                   \
         norm_forward(*n, x, skip, weight, bias, running_mean, running_var, coefficients, out);                        \
     }                                                                                                                 \
-    void involution_norm_apply_##NAME(const Norm* n, const A* x, A* coefficients, A* out) {                           \
-        norm_apply<A>(*n, x, nullptr, coefficients, out);                                                             \
+    void involution_norm_apply_##NAME(const Norm* n, const T* x, A* coefficients, T* out) {                           \
+        norm_apply(*n, x, static_cast<const T*>(nullptr), coefficients, out);                                         \
     }                                                                                                                 \
-    void involution_norm_backward_##NAME(const Norm* n, const A* grad, const A* x, const A* out, A* coefficients,     \
-                                         A* grad_x, A* grad_skip, A* grad_weight, A* grad_bias) {                     \
+    void involution_norm_backward_##NAME(const Norm* n, const T* grad, const T* x, const T* out, A* coefficients,     \
+                                         T* grad_x, T* grad_skip, A* grad_weight, A* grad_bias) {                     \
         norm_backward(*n, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias);                     \
     }                                                                                                                 \
-    void involution_pointwise_backward_##NAME(const Pointwise* p, const A* grad, const A* x, const A* weight,         \
-                                              A* grad_x, A* grad_weight) {                                            \
+    void involution_pointwise_backward_##NAME(const Pointwise* p, const T* grad, const T* x, const T* weight,         \
+                                              T* grad_x, A* grad_weight) {                                            \
         pointwise_backward(*p, grad, x, weight, grad_x, grad_weight);                                                 \
     }
-TRAINING(float, float)
-TRAINING(double, double)
+#if defined(INVOLUTION_HALF)  // a library of its own, for those who use it
+OPERATORS(half, Half, float)
+#else
+OPERATORS(float, float, float)
+OPERATORS(double, double, double)
+#endif
 }

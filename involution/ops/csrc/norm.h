@@ -80,8 +80,8 @@ void with_skip(const void* skip, F f) {
     skip ? f(Count<1>{}) : f(Count<0>{});
 }
 
-template <class A>
-void norm_apply(const Norm& n, const A* x, const A* skip, A* coefficients, A* out) {
+template <class A, class T>
+void norm_apply(const Norm& n, const T* x, const T* skip, A* coefficients, T* out) {
     const Coefficients<A> k(coefficients, n.channels);
     with_skip(skip, [&](auto added) {
         each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
@@ -93,9 +93,9 @@ void norm_apply(const Norm& n, const A* x, const A* skip, A* coefficients, A* ou
     });
 }
 
-template <class A>
-void norm_forward(const Norm& n, const A* x, const A* skip, const A* weight, const A* bias, A* running_mean,
-                  A* running_var, A* coefficients, A* out) {
+template <class A, class T>
+void norm_forward(const Norm& n, const T* x, const T* skip, const A* weight, const A* bias, A* running_mean,
+                  A* running_var, A* coefficients, T* out) {
     const Coefficients<A> k(coefficients, n.channels);
     std::vector<double> sums;
     if (n.training)  // of the distance to the first row: a large mean takes no digits from the variance
@@ -108,7 +108,7 @@ void norm_forward(const Norm& n, const A* x, const A* skip, const A* weight, con
         double mean = running_mean[c], variance = running_var[c];
         if (n.training) {
             const double distance = sums[c] / n.rows;
-            mean = x[c] + distance;
+            mean = load<A>(x + c) + distance;
             variance = std::max(0.0, sums[n.channels + c] / n.rows - distance * distance);
             running_mean[c] += n.momentum * (mean - running_mean[c]);
             running_var[c] += n.momentum * (variance * n.rows / (n.rows - 1) - running_var[c]);
@@ -122,8 +122,8 @@ void norm_forward(const Norm& n, const A* x, const A* skip, const A* weight, con
 }
 
 // `out`, the forward's result, and grad_skip are null where nothing was added.
-template <class A>
-void norm_backward(const Norm& n, const A* grad, const A* x, const A* out, A* coefficients, A* grad_x, A* grad_skip,
+template <class A, class T>
+void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* coefficients, T* grad_x, T* grad_skip,
                    A* grad_weight, A* grad_bias) {
     const Coefficients<A> k(coefficients, n.channels);
     with_skip(out, [&](auto added) {

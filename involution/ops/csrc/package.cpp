@@ -9,9 +9,9 @@
 #include "driver.h"
 
 extern "C" {
-void involution_forward_float(const Problem*, const float* x, const void* kernel, float* out);
-void involution_backward_float(const Problem*, const float* grad, const float* x, const void* kernel, float* grad_x,
-                               void* grad_kernel);
+void involution_forward_float(const Problem*, const float* x, const float* kernel, float* out);
+void involution_backward_float(const Problem*, const float* grad, const float* x, const float* kernel, float* grad_x,
+                               float* grad_kernel);
 void involution_folded_forward_float(const Problem*, const float* x, const float* packed, float* out);
 }
 
@@ -89,7 +89,7 @@ AOTITorchError aoti_torch_cpu_involution2d(AtenTensorHandle input, AtenTensorHan
     describe_taps(p, taps.strides);
     float* to = allocate_image(p, out);
     if (!to) return AOTI_TORCH_FAILURE;
-    involution_forward_float(&p, x.floats(), taps.data, to);
+    involution_forward_float(&p, x.floats(), taps.floats(), to);
     return AOTI_TORCH_SUCCESS;
 }
 

@@ -41,11 +41,11 @@ INLINE Vec<A, W> put_block(Vec<A, W> a, Vec<A, W> b, std::index_sequence<L...>) 
     return __builtin_shuffle(a, b, lanes);
 }
 
-template <class A>
+template <class A, class T>
 class Planes {
 public:
     // Room for the rows that one tile of `tile_rows` output rows sees, of the channels of the unit.
-    Planes(const Problem& p, const Unit& unit, int64_t tile_rows, const A* image)
+    Planes(const Problem& p, const Unit& unit, int64_t tile_rows, const T* image)
         : p_(p), image_(image), first_(unit.group * p.group_channels()), count_(unit.groups() * p.group_channels()) {
         ring_ = (tile_rows - 1) * p.stride + (p.size - 1) * p.dilation + 1;
         phase_ = (p.width + 2 * p.padding + p.dilation - 1) / p.dilation;
@@ -77,7 +77,7 @@ private:
     NOINLINE void add_row(int64_t y) {
         constexpr int L = kLanes<A>;
         typedef Vec<A> V;
-        const A* from = image_ + y * p_.x_row + first_;
+        const T* from = image_ + y * p_.x_row + first_;
         A* to = data_ + y % ring_ * row_;
         const int64_t whole = p_.dilation == 1 ? count_ / L * L : 0;
         for (int64_t x = 0; x < p_.width; x += L)
@@ -92,12 +92,12 @@ private:
         for (int64_t at = 0; at < p_.width && whole < count_; ++at) {
             const int64_t column = at + p_.padding;
             A* place = to + column % p_.dilation * phase_ + column / p_.dilation;
-            for (int64_t c = whole; c < count_; ++c) place[c * plane_] = from[at * p_.x_pixel + c];
+            for (int64_t c = whole; c < count_; ++c) place[c * plane_] = load<A>(from + at * p_.x_pixel + c);
         }
     }
 
     const Problem& p_;
-    const A* image_;
+    const T* image_;
     int64_t first_, count_, ring_, phase_, row_, plane_, next_;
     A* data_;
 };
@@ -170,26 +170,37 @@ INLINE void window_gradient(int64_t size, int64_t channels, const A* __restrict 
 }
 
 // Gradients of the kernels of one tile. grad: image of the output gradient, dense channels_last.
-template <class A, int K, int S>
-NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A>& planes,
-                               const A* grad) {
-    const int64_t width = p.group_channels();
+template <int K, int S, class A, class T>
+NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A, T>& planes,
+                               const T* grad) {
+    const int64_t width = p.group_channels(), columns = tile.last_column - tile.column;
+    constexpr bool in_place = std::is_same_v<A, T>;
+    const int64_t step = in_place ? p.channels : width;  // of the pixels of a group's gradients
     int64_t* rows = scratch<int64_t>(0, p.size);
     planes.advance(tile.last_row);
     for (int64_t i = tile.row; i < tile.last_row; ++i) {
         for (int64_t u = 0; u < p.size; ++u) rows[u] = planes.row(i * p.stride - p.padding + u * p.dilation);
         // Groups outside: the planes of one group fit the first-level cache, those of all do not.
         for (int64_t g = 0; g < unit.groups(); ++g) {
-            const A* from = grad + (i * p.out_width * p.channels) + (unit.group + g) * width;
+            const T* grads = grad + (i * p.out_width + tile.column) * p.channels + (unit.group + g) * width;
+            const A* from;
+            if constexpr (in_place) {
+                from = grads;
+            } else {
+                A* wide = scratch<A>(10, columns * width);
+                for (int64_t j = 0; j < columns; ++j) convert<A>(grads + j * p.channels, width, wide + j * width);
+                from = wide;
+            }
+            from -= tile.column * step;
             A* out = tile.values + (i - tile.row) * tile.row_step - tile.column * tile.pixel_step + g * p.taps();
             auto at = [&](auto pixels, int64_t j) INLINED {
                 const A* x = planes.window(g * width, j);
                 if constexpr (K > 0)
                     window_gradient<A, K, S, decltype(pixels)::value>(width, x, planes.plane_step(), rows,
-                                                                   from + j * p.channels, p.channels,
+                                                                   from + j * step, step,
                                                                    out + j * tile.pixel_step, tile.pixel_step);
                 else
-                    window_gradient<A>(p.size, width, x, planes.plane_step(), rows, from + j * p.channels,
+                    window_gradient<A>(p.size, width, x, planes.plane_step(), rows, from + j * step,
                                        out + j * tile.pixel_step);
             };
             int64_t j = tile.column;
@@ -206,11 +217,11 @@ NOINLINE void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>
     }
 }
 
-template <class A>
-void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A>& planes, const A* grad) {
-    if (p.size == 7 && p.stride == 2) return tile_grad_kernel<A, 7, 2>(p, unit, tile, planes, grad);
-    if (p.size == 7) return tile_grad_kernel<A, 7, 1>(p, unit, tile, planes, grad);
-    if (p.size == 5) return tile_grad_kernel<A, 5, 1>(p, unit, tile, planes, grad);
-    if (p.size == 3) return tile_grad_kernel<A, 3, 1>(p, unit, tile, planes, grad);
-    tile_grad_kernel<A, 0, 1>(p, unit, tile, planes, grad);
+template <class A, class T>
+void tile_grad_kernel(const Problem& p, const Unit& unit, const Tile<A>& tile, Planes<A, T>& planes, const T* grad) {
+    if (p.size == 7 && p.stride == 2) return tile_grad_kernel<7, 2>(p, unit, tile, planes, grad);
+    if (p.size == 7) return tile_grad_kernel<7, 1>(p, unit, tile, planes, grad);
+    if (p.size == 5) return tile_grad_kernel<5, 1>(p, unit, tile, planes, grad);
+    if (p.size == 3) return tile_grad_kernel<3, 1>(p, unit, tile, planes, grad);
+    tile_grad_kernel<0, 1>(p, unit, tile, planes, grad);
 }

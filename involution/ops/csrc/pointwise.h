@@ -9,10 +9,25 @@ struct Pointwise {  // mirrored by layer.py: same names, same order, all of 64 b
     int64_t rows, channels, hidden, add, threads;  // C is a multiple of the lanes; add: to what grad_x holds
 };
 
-template <class A>
-void pointwise_backward(const Pointwise& p, const A* grad, const A* x, const A* weight, A* grad_x, A* grad_weight) {
+// Of n rows, added to grad_x in A where it is stored as something else.
+template <class F, class T, class A = Wide<T>>
+void add_gradient(const Pointwise& p, int64_t n, const F* grads, const F* weight, T* grad_x) {
+    const auto panel = [&](int64_t j) { return weight + j; };
+    if constexpr (std::is_same_v<A, T>) {
+        gemm<A>(n, p.channels, p.hidden, grads, p.hidden, 1, panel, p.channels, grad_x, p.channels, nullptr, p.add);
+    } else {
+        A* sums = scratch<A>(1, n * p.channels);
+        if (p.add) convert<A>(grad_x, n * p.channels, sums);
+        gemm<A>(n, p.channels, p.hidden, grads, p.hidden, 1, panel, p.channels, sums, p.channels, nullptr, p.add);
+        convert<A>(sums, n * p.channels, grad_x);
+    }
+}
+
+template <class A, class T, class F = Factor<T>>
+void pointwise_backward(const Pointwise& p, const T* grad, const T* x, const T* weight, T* grad_x, A* grad_weight) {
     const int64_t tile = std::max<int64_t>(24, kTileBytes / int64_t(sizeof(A)) / (2 * p.channels + p.hidden));
     const int64_t size = p.hidden * p.channels, threads = std::min(p.threads, (p.rows + tile - 1) / tile);
+    const F* const factor = as<F>(weight, size, 6);
     A* sums = scratch<A>(9, threads * size);
     int team = 1;
     on_threads(threads, [&](int thread, int count) {
@@ -22,11 +37,12 @@ void pointwise_backward(const Pointwise& p, const A* grad, const A* x, const A* 
         const int64_t last = p.rows * (thread + 1) / count;
         for (int64_t row = p.rows * thread / count, n; row < last; row += n) {
             n = std::min(tile, last - row);
-            const A *from = x + row * p.channels, *grads = grad + row * p.hidden;
-            gemm<A>(n, p.channels, p.hidden, grads, p.hidden, 1, [&](int64_t j) { return weight + j; }, p.channels,
-                    grad_x + row * p.channels, p.channels, nullptr, p.add);
-            gemm<A>(p.hidden, p.channels, n, grads, 1, p.hidden, [&](int64_t j) { return from + j; }, p.channels, own,
-                    p.channels, nullptr, true);
+            const F* from = as<F>(x + row * p.channels, n * p.channels, 3);
+            const F* grads = as<F>(grad + row * p.hidden, n * p.hidden, 4);
+            add_gradient(p, n, grads, factor, grad_x + row * p.channels);
+            const Columns<F> columns(grads, p.hidden, n, p.hidden, 2);
+            gemm<A>(p.hidden, p.channels, n, columns.values, columns.row, columns.step,
+                    [&](int64_t j) { return from + j; }, p.channels, own, p.channels, nullptr, true);
         }
     });
     on_threads(threads, [&](int thread, int count) {

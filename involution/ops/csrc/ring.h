@@ -58,12 +58,12 @@ protected:
     A* data_;
 };
 
-template <class A>
+template <class A, class T>
 class InputRows : public Ring<A> {
 public:
-    const A* const image;
+    const T* const image;
 
-    InputRows(const Problem& p, const Unit& unit, int64_t tile_rows, const A* from)
+    InputRows(const Problem& p, const Unit& unit, int64_t tile_rows, const T* from)
         : Ring<A>(p, unit, tile_rows), image(from) {
         if (!this->ringed) return;
         const int64_t border = p.padding * kLanes<A>, blocks = this->size_ * (this->row_ / this->block_);
@@ -81,13 +81,20 @@ public:
     }
 };
 
-template <class A>
+template <class A, class T>
 class GradientRows : public Ring<A> {
 public:
-    A* const image;  // of the gradient, dense channels_last; the part of the unit's channels becomes complete
+    T* const image;  // of the gradient, dense channels_last; the part of the unit's channels becomes complete
+    A* sums = nullptr;  // where nothing is ringed: the image itself, or one of the type that is added up in
 
-    GradientRows(const Problem& p, const Unit& unit, int64_t tile_rows, A* to)
-        : Ring<A>(p, unit, tile_rows), image(to) {}
+    GradientRows(const Problem& p, const Unit& unit, int64_t tile_rows, T* to)
+        : Ring<A>(p, unit, tile_rows), image(to) {
+        if (this->ringed) return;
+        if constexpr (std::is_same_v<A, T>)
+            sums = image;
+        else
+            sums = scratch<A>(5, p.height * p.width * p.channels);
+    }
 
     // Sets the rows to zero that output rows first...last add to and none did before. Only now: the cache has them then.
     void advance(int64_t first, int64_t last) {
@@ -102,6 +109,9 @@ public:
     void finish() {
         write(this->next_);
         for (; this->next_ < this->p.height; ++this->next_) clear(this->next_);
+        if (!std::is_same_v<A, T> && !this->ringed)
+            for (int64_t y = 0; y < this->p.height; ++y)
+                each_pixel(y, [&](int64_t at) { convert<A>(sums + at, this->count_, image + at); });
     }
 
 private:
@@ -113,8 +123,16 @@ private:
             });
     }
     void clear(int64_t y) {
-        A* to = image + y * this->p.width * this->p.channels + this->first_;
-        for (int64_t x = 0; x < this->p.width; ++x, to += this->p.channels) std::fill_n(to, this->count_, A(0));
+        each_pixel(y, [&](int64_t at) {
+            if (sums) return void(std::fill_n(sums + at, this->count_, A(0)));
+            std::fill_n(image + at, this->count_, T{});
+        });
+    }
+    // f(offset of the unit's channels) for the pixels of row y
+    template <class F>
+    void each_pixel(int64_t y, F f) const {
+        int64_t at = y * this->p.width * this->p.channels + this->first_;
+        for (int64_t x = 0; x < this->p.width; ++x, at += this->p.channels) f(at);
     }
 
     int64_t written_ = 0;
@@ -180,8 +198,9 @@ INLINE void pixel_taps(const A* kernel, int64_t step, const A** out) {
     });
 }
 
-template <int K, int S, class A>
-NOINLINE void ring_forward(const Unit& unit, const Tile<A>& tile, const InputRows<A>& rows, A* out, Finish<A> finish) {
+template <int K, int S, class A, class T>
+NOINLINE void ring_forward(const Unit& unit, const Tile<A>& tile, const InputRows<A, T>& rows, T* out,
+                           Finish<A> finish) {
     const int64_t step = tile.pixel_step, channels = rows.p.channels;
     each_window<K>(unit, tile, rows, [&](auto strip, const WindowRows<K>& inside) INLINED {
         constexpr int P = decltype(strip)::pixels;
@@ -203,8 +222,8 @@ NOINLINE void ring_forward(const Unit& unit, const Tile<A>& tile, const InputRow
 }
 
 // The same loads, each input position kept in a register while its taps are added.
-template <int K, int S, class A>
-NOINLINE void ring_grad_input(const Unit& unit, const Tile<A>& tile, const GradientRows<A>& rows, const A* grad) {
+template <int K, int S, class A, class T>
+NOINLINE void ring_grad_input(const Unit& unit, const Tile<A>& tile, const GradientRows<A, T>& rows, const T* grad) {
     const int64_t step = tile.pixel_step, channels = rows.p.channels;
     each_window<K>(unit, tile, rows, [&](auto strip, const WindowRows<K>& inside) INLINED {
         constexpr int P = decltype(strip)::pixels;

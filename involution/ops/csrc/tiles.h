@@ -29,15 +29,15 @@ INLINE void each_block(const Problem& p, const Unit& unit, const Tile<A>& tile, 
 }
 
 // Outputs of one tile. out: image of the output, dense channels_last.
-template <class A>
-void tile_forward(const Unit& unit, const Tile<A>& tile, InputRows<A>& rows, A* out, Finish<A> finish = {}) {
+template <class A, class T>
+void tile_forward(const Unit& unit, const Tile<A>& tile, InputRows<A, T>& rows, T* out, Finish<A> finish = {}) {
     const Problem& p = rows.p;
     if (rows.ringed) {
         rows.advance(tile.last_row);
         return void(with_window<A>(p, [&](auto k, auto s) { ring_forward<k, s>(unit, tile, rows, out, finish); }));
     }
-    A* zeros = scratch<A>(1, p.channels);
-    std::fill_n(zeros, p.channels, A(0));
+    T* zeros = scratch<T>(1, p.channels);
+    std::fill_n(zeros, p.channels, T{});
     each_block(p, unit, tile, {p.x_row, p.x_pixel, zeros - rows.image},
                [&](auto block, int64_t first, int64_t last, const int64_t* places, const A* kernel, int64_t at,
                    int64_t c) INLINED {
@@ -47,16 +47,16 @@ void tile_forward(const Unit& unit, const Tile<A>& tile, InputRows<A>& rows, A* 
 }
 
 // Adds one tile's part of the gradient of the input. grad: image of the output gradient, dense channels_last.
-template <class A>
-void tile_grad_input(const Unit& unit, const Tile<A>& tile, GradientRows<A>& rows, const A* grad) {
+template <class A, class T>
+void tile_grad_input(const Unit& unit, const Tile<A>& tile, GradientRows<A, T>& rows, const T* grad) {
     const Problem& p = rows.p;
     rows.advance(tile.row, tile.last_row);
     if (rows.ringed)
         return void(with_window<A>(p, [&](auto k, auto s) { ring_grad_input<k, s>(unit, tile, rows, grad); }));
     A* outside = scratch<A>(1, p.channels);  // takes what falls outside the image
-    each_block(p, unit, tile, {p.width * p.channels, p.channels, outside - rows.image},
+    each_block(p, unit, tile, {p.width * p.channels, p.channels, outside - rows.sums},
                [&](auto block, int64_t first, int64_t last, const int64_t* places, const A* kernel, int64_t at,
                    int64_t c) INLINED {
-                   block.grad_input(first, last, rows.image + c, places, kernel, tile.pixel_step, grad + at, p.channels);
+                   block.grad_input(first, last, rows.sums + c, places, kernel, tile.pixel_step, grad + at, p.channels);
                });
 }

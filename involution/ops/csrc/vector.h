@@ -52,6 +52,16 @@ INLINE void unroll(F&& f) {
     unroll_impl(f, std::make_index_sequence<N>{});
 }
 
+template <int P>
+using Count = std::integral_constant<int, P>;
+
+// f(lanes, channel) over the channels of a group: full registers, then narrower ones for the rest.
+template <class A, int N = kLanes<A>, class F>
+INLINE void each_register(int64_t channel, int64_t channels, F f) {
+    for (; channel + N <= channels; channel += N) f(Count<N>{}, channel);
+    if constexpr (N > 1) each_register<A, N / 2>(channel, channels, f);
+}
+
 // Keeps a loaded value in a register: compilers fold the load into each of its uses, and loads are what is scarce.
 template <class V>
 INLINE void in_register(V& v) {

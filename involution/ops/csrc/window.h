@@ -2,7 +2,7 @@
 // few neighbouring output pixels of one row. ring.h has the usual sizes, many times as fast.
 // Channels are innermost in memory; one register holds channels of one group, which share their kernel values.
 #pragma once
-#include "vector.h"
+#include "half.h"
 
 struct Window {
     int64_t height, width;       // of the input
@@ -57,8 +57,9 @@ template <class A, int P, int N>
 struct Block {
     typedef Vec<A, N> V;
 
-    static INLINE void forward(int64_t first, int64_t last, const A* __restrict x, const int64_t* __restrict places,
-                               const A* __restrict kernel, int64_t kernel_step, A* __restrict out, int64_t out_step,
+    template <class T>
+    static INLINE void forward(int64_t first, int64_t last, const T* __restrict x, const int64_t* __restrict places,
+                               const A* __restrict kernel, int64_t kernel_step, T* __restrict out, int64_t out_step,
                                const Finish<A>& finish, int64_t channel) {
         V sum[P] = {};
         for (int64_t t = first; t < last; ++t)
@@ -68,8 +69,9 @@ struct Block {
     }
 
     // Adds to grad_input.
+    template <class T>
     static INLINE void grad_input(int64_t first, int64_t last, A* __restrict x, const int64_t* __restrict places,
-                                  const A* __restrict kernel, int64_t kernel_step, const A* __restrict grad,
+                                  const A* __restrict kernel, int64_t kernel_step, const T* __restrict grad,
                                   int64_t grad_step) {
         V value[P];
         unroll<P>([&](auto p) INLINED { value[p] = load<V>(grad + p * grad_step); });
