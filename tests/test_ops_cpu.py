@@ -115,12 +115,13 @@ def test_fused_parity(cpp: ModuleType, case: tuple[int, ...], hidden: int) -> No
                     _close(ours, theirs, dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_nothing(threads: int) -> None:
+def test_threads_change_nothing(threads: int, dtype: torch.dtype) -> None:
     """The forward is bit-equal for any number of threads; the backward repeats itself bit for bit."""
     torch.manual_seed(0)
-    x, reduced, grad = (_random(3, c, 9, 8, dtype=torch.float32) for c in (48, 12, 48))
-    weight, bias = _random(3 * 49, 12, 1, 1, dtype=torch.float32), _random(3 * 49, dtype=torch.float32)
+    x, reduced, grad = (_random(3, c, 9, 8, dtype=dtype) for c in (48, 12, 48))
+    weight, bias = _random(3 * 49, 12, 1, 1, dtype=dtype), _random(3 * 49, dtype=dtype)
     options = (7, 1, 3, 1)
     alone = cpu.span_forward(x, reduced, weight, bias, *options)
     torch.set_num_threads(threads)

@@ -10,13 +10,12 @@ import ctypes
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import build
-from .shapes import channels_dense, empty_kernel, empty_product, layout, output_hw
+from .shapes import empty_kernel, empty_product, layout, output_hw
 
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
@@ -50,17 +49,17 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
 
 
 @functools.cache
-def _function(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., None]:
+def find(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., None]:
     suffix = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "half"}[dtype]
     function = getattr(build.library(level, dtype == torch.bfloat16), f"involution_{name}_{suffix}")
     function.argtypes, function.restype = [ctypes.c_void_p] * (1 + tensors), None
     return function
 
 
-def call(name: str, stored: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
+def call(name: str, dtype: torch.dtype, problem: ctypes.Structure, *tensors: Tensor | None) -> None:
     """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
     assert all(t is None or t.numel() for t in tensors), f"{name} takes no empty tensors"
-    function = _function(name, stored, build.instruction_set(), len(tensors))
+    function = find(name, dtype, build.instruction_set(), len(tensors))
     function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors])
 
 
@@ -69,17 +68,15 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _stored(tensor: Tensor) -> Tensor:
+def stored(tensor: Tensor) -> Tensor:
     """In a type that the C++ side reads."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 def _pixels(image: Tensor, dense: bool = False) -> Tensor:
     """(B, C, H, W) -> its pixels (B, H, W, C) with the channels side by side."""
-    pixels = _stored(image).permute(0, 2, 3, 1)
-    if dense or (pixels.stride(3) != 1 and pixels.shape[3] > 1):
-        return pixels.contiguous()
-    return pixels
+    pixels = stored(image).permute(0, 2, 3, 1)
+    return pixels.contiguous() if dense or (pixels.stride(3) != 1 and pixels.shape[3] > 1) else pixels
 
 
 def _new_image(shape: tuple[int, ...], pixels: Tensor) -> Tensor:
@@ -88,12 +85,12 @@ def _new_image(shape: tuple[int, ...], pixels: Tensor) -> Tensor:
     return torch.empty(shape, dtype=pixels.dtype, memory_format=torch.channels_last)
 
 
-def _placed(image: Tensor, like: Tensor) -> Tensor:
+def placed(image: Tensor, like: Tensor) -> Tensor:
     """In the type and memory format of `like`."""
     return image.to(like.dtype).contiguous(memory_format=layout(like))
 
 
-def _problem(pixels: Tensor, size: int, groups: int, stride: int, padding: int, dilation: int) -> _Problem:
+def describe(pixels: Tensor, size: int, groups: int, stride: int, padding: int, dilation: int) -> _Problem:
     batch, height, width, channels = pixels.shape
     out_height, out_width = output_hw(pixels.permute(0, 3, 1, 2), size, stride, padding, dilation)
     x_batch, x_row, x_pixel, _ = pixels.stride()
@@ -104,7 +101,7 @@ def _problem(pixels: Tensor, size: int, groups: int, stride: int, padding: int, 
     )  # fmt: skip
 
 
-def _out_shape(problem: _Problem) -> tuple[int, ...]:
+def out_shape(problem: _Problem) -> tuple[int, ...]:
     return problem.batch, problem.channels, problem.out_height, problem.out_width
 
 
@@ -120,12 +117,12 @@ def _describe_taps(problem: _Problem, taps: Tensor) -> None:
 def forward(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     """input (B, C, H, W), kernel (B, G, K, K, Ho, Wo) -> (B, C, Ho, Wo) in the layout of `input`."""
     pixels = _pixels(input)
-    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    taps = _taps(_stored(kernel))
+    problem = describe(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    taps = _taps(stored(kernel))
     _describe_taps(problem, taps)
-    out = _new_image(_out_shape(problem), pixels)
+    out = _new_image(out_shape(problem), pixels)
     call("forward", pixels.dtype, problem, pixels, taps, out)
-    return _placed(out, input)
+    return placed(out, input)
 
 
 def backward(
@@ -141,8 +138,8 @@ def backward(
     """Gradients in the layouts of input (B, C, H, W) and kernel (B, G, K, K, Ho, Wo)."""
     dtype = kernel.dtype
     pixels, grads = _pixels(input), _pixels(grad, dense=True)
-    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    kernel = _stored(kernel)
+    problem = describe(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    kernel = stored(kernel)
     grad_kernel = empty_kernel(kernel) if needs_kernel else None
     taps, grad_taps = _taps(kernel), None if grad_kernel is None else _taps(grad_kernel)
     if grad_taps is not None and grad_taps.stride() != taps.stride():
@@ -151,7 +148,7 @@ def backward(
     grad_input = _new_image(input.shape, pixels) if needs_input else None
     call("backward", pixels.dtype, problem, grads, pixels, taps, grad_input, grad_taps)
     return (
-        None if grad_input is None else _placed(grad_input, input),
+        None if grad_input is None else placed(grad_input, input),
         None if grad_kernel is None else grad_kernel.to(dtype),
     )
 
@@ -163,11 +160,11 @@ def transpose(
     grads = _pixels(grad, dense=True)
     out = _new_image((grad.shape[0], grad.shape[1], height, width), grads)
     pixels = out.permute(0, 2, 3, 1)
-    problem = _problem(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
-    taps = _taps(_stored(kernel))
+    problem = describe(pixels, kernel.shape[2], kernel.shape[1], stride, padding, dilation)
+    taps = _taps(stored(kernel))
     _describe_taps(problem, taps)
     call("backward", grads.dtype, problem, grads, None, taps, out, None)
-    return _placed(out, grad)
+    return placed(out, grad)
 
 
 def product(
@@ -175,8 +172,8 @@ def product(
 ) -> Tensor:
     """The gradient of the kernel alone: query (B, C, Ho, Wo), key (B, C, H, W) -> (B, G, K, K, Ho, Wo)."""
     pixels, queries = _pixels(key), _pixels(query, dense=True)
-    problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
-    out = empty_product(_stored(query), groups, kernel_size)
+    problem = describe(pixels, kernel_size, groups, stride, padding, dilation)
+    out = empty_product(stored(query), groups, kernel_size)
     taps = _taps(out)
     _describe_taps(problem, taps)
     call("backward", pixels.dtype, problem, queries, pixels, None, None, taps)
@@ -196,9 +193,9 @@ def span_forward(
     """The fused operator: (B, C, H, W), (B, R, Ho, Wo), (G*K*K, R, 1, 1), (G*K*K,) -> (B, C, Ho, Wo)."""
     pixels = _pixels(input)
     problem, operands = _span_problem(pixels, reduced, weight, bias, kernel_size, stride, padding, dilation)
-    out = _new_image(_out_shape(problem), pixels)
+    out = _new_image(out_shape(problem), pixels)
     call("span_forward", pixels.dtype, problem, pixels, *operands, out)
-    return _placed(out, input)
+    return placed(out, input)
 
 
 def span_backward(
@@ -228,8 +225,8 @@ def span_backward(
     if chunks > 1:
         grad_reduced = grad_reduced.unflatten(0, (chunks, -1)).sum(0)
     return (
-        _placed(grad_input, input),
-        _placed(grad_reduced, reduced),
+        placed(grad_input, input),
+        placed(grad_reduced, reduced),
         grad_rows.view(weight.shape).to(weight.dtype),
         None if bias is None else grad_bias.to(bias.dtype),
     )
@@ -246,41 +243,8 @@ def _span_problem(
     dilation: int,
 ) -> tuple[_Problem, tuple[Tensor, Tensor, Tensor | None]]:
     groups = weight.shape[0] // (kernel_size * kernel_size)
-    problem = _problem(pixels, kernel_size, groups, stride, padding, dilation)
+    problem = describe(pixels, kernel_size, groups, stride, padding, dilation)
     problem.hidden = reduced.shape[1]
     rows = weight.flatten(1).to(pixels.dtype).contiguous()
     bias = None if bias is None else bias.to(wide(pixels.dtype)).contiguous()
     return problem, (_pixels(reduced, dense=True), rows, bias)
-
-
-@functools.lru_cache(maxsize=256)
-def _folded_call(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int, level: str,
-    hidden: int, groups: int, size: int, stride: int, dilation: int,
-) -> tuple[Callable[..., None], Any, tuple[int, ...]]:  # fmt: skip
-    """The function, its first argument and the shape of the result."""
-    pixels = torch.empty_strided(shape, strides, device="meta").permute(0, 2, 3, 1)
-    problem = _problem(pixels, size, groups, stride, dilation * (size - 1) // 2, dilation)
-    problem.hidden, problem.threads = hidden, threads
-    return _function("folded_forward", dtype, level, 3), ctypes.byref(problem), _out_shape(problem)
-
-
-def folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:
-    """A whole layer in inference: (B, C, H, W) -> (B, C, Ho, Wo), see folded.py. One image takes 100 microseconds, so
-    each of the few that Python takes counts."""
-    image = _stored(input)
-    multiplied = image.dtype
-    if multiplied == torch.bfloat16 and not build.multiplies_half(build.instruction_set()):
-        multiplied = torch.float32
-    if channels_dense(input) and image is input and packed.dtype == multiplied:
-        return _folded_forward(input, packed, *options)
-    image = image.contiguous(memory_format=torch.channels_last)
-    return _placed(_folded_forward(image, packed.to(multiplied), *options), input)
-
-
-def _folded_forward(input: Tensor, packed: Tensor, *options: int) -> Tensor:
-    level, threads = build.instruction_set(), torch.get_num_threads()
-    function, problem, shape = _folded_call(input.shape, input.stride(), input.dtype, threads, level, *options)
-    out = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
-    function(problem, input.data_ptr(), packed.data_ptr(), out.data_ptr())
-    return out

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import backends, cpu, packaged
+from . import backends, cpu, cpu_folded, packaged
 from .functional import span_involution2d
 from .shapes import empty_output, output_hw
 from .standard import exporting
@@ -72,7 +72,7 @@ def _on_cpu(
 ) -> Tensor:
     options = hidden, groups, kernel_size, stride, dilation
     if input.numel() and backends.choose(input, packed) is cpu:
-        return cpu.folded_forward(input, packed, *options)
+        return cpu_folded.forward(input, packed, *options)
     return composed(input, packed, *options)
 
 

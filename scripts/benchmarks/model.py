@@ -106,7 +106,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     if args.quick:
         args.depth, args.batch, args.train_batch, args.side, args.compile = [26], [1], 2, 32, False
     fill_heap(0.1 if args.quick else max(*args.batch, args.train_batch) / 4)
-    parts = {"inference", "training", "memory", "breakdown"} if args.only is None else {args.only}
+    parts = {"inference", "training", "memory", "breakdown"} if args.only is None else set(args.only)
     settings = f"{args.side} x {args.side}, {args.dtype}, channels_last"
     names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
     if parts & {"inference", "breakdown"}:
@@ -159,7 +159,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-batch", type=int, default=16, help="of training steps (default 16; memory: always 32)")
     parser.add_argument("--side", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="training in bf16 is autocast (default fp32)")
-    parser.add_argument("--only", choices=("inference", "training", "memory", "breakdown"), help="default: all four")
+    parts = ("inference", "training", "memory", "breakdown")
+    parser.add_argument("--only", nargs="+", choices=parts, help="default: all four")
     parser.add_argument(
         "--attention", nargs="*", metavar="NAME", help="self-attention networks as well (default: one a family)"
     )
