@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
+import platform
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,7 +23,22 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Automatic mixed precision for fp32 (none) | bf16 | fp16."""
     dtype = PRECISIONS[precision]
+    if device.type == "cpu" and (reason := _slow_on_the_cpu(precision)):
+        _warn_once(f"precision={precision} may be slower than fp32: {reason}")
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def _slow_on_the_cpu(precision: str) -> str | None:
+    if precision == "fp16":
+        return "on CPUs float16 is converted to float32 and back; bf16 is the fast one where they have AVX512-BF16"
+    if precision == "bf16" and platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported():
+        return "this CPU has no instructions for bfloat16 (AVX512-BF16)"
+    return None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 @torch.inference_mode()
