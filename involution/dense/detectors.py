@@ -116,7 +116,7 @@ class RetinaNet(Detector):
     """RetinaNet; with RedNet-50 27.8 M trainable parameters and 38.3 AP in the paper.
 
     Args:
-        normalizer: see ``Retina``.
+        normalizer, head_norm: see ``Retina``.
     """
 
     extra, first = "convolution", 1
@@ -136,12 +136,13 @@ class RetinaNet(Detector):
         pyramid_width: int = CHANNELS,
         box_loss_beta: float = 0.0,
         normalizer: str = "batch",
+        head_norm: bool = False,
     ) -> None:
         if head == "involution":
             raise ValueError('head is "involution"; RetinaNet\'s head has convolutions alone: head="convolution"')
         sizes = (min_size, max_size, image_mean, image_std)
         super().__init__(num_classes, backbone, neck, head, plugin, *sizes, pyramid_width)
-        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer)
+        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer, head_norm)
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.retina.losses(levels, targets)

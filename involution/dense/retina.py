@@ -1,5 +1,7 @@
 """RetinaNet's dense head (Lin et al., ICCV 2017): its losses and what it detects."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from involution.dense.pyramid import CHANNELS
 
 STRIDES = (8, 16, 32, 64, 128)
 SIZES = tuple(tuple(4 * stride * 2 ** (i / 3) for i in range(3)) for stride in STRIDES)
+GROUPS = 16  # of a GroupNorm
 SCORE, OVERLAP, CANDIDATES, DETECTIONS = 0.05, 0.5, 1000, 100
 
 
@@ -22,17 +25,25 @@ class Retina(nn.Module):
     Args:
         normalizer: what losses are divided by: "batch", the positive anchors of this process's batch, or "image", each
             image's by its own, and then their mean (torchvision).
+        head_norm: GroupNorm after each convolution of the two towers, for training from nothing (He et al., ICCV 2019);
+            the paper's have none, and begin with a pre-trained backbone.
     """
 
     def __init__(
-        self, num_classes: int, width: int = CHANNELS, box_loss_beta: float = 0.0, normalizer: str = "batch"
+        self,
+        num_classes: int,
+        width: int = CHANNELS,
+        box_loss_beta: float = 0.0,
+        normalizer: str = "batch",
+        head_norm: bool = False,
     ) -> None:
         super().__init__()
         if normalizer not in ("batch", "image"):
             raise ValueError(f'normalizer is {normalizer!r}; it should be "batch" or "image"')
         self.box_loss_beta, self.normalizer = box_loss_beta, normalizer
         self.anchors = Anchors(SIZES, STRIDES)
-        self.head = RetinaNetHead(width, self.anchors.per_pixel, num_classes)
+        norm = partial(nn.GroupNorm, GROUPS) if head_norm else None
+        self.head = RetinaNetHead(width, self.anchors.per_pixel, num_classes, norm)
         with torch.no_grad():  # four of these in a row let little through: from fewer channels as much as from 256
             for layer in (*self.head.classification_head.conv, *self.head.regression_head.conv):
                 layer[0].weight *= (CHANNELS / width) ** 0.5

@@ -91,6 +91,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
     elif name == "retinanet":
         anchors = len(state["bbox_head.retina_reg.weight"]) // 4
         found["num_classes"] = len(state["bbox_head.retina_cls.weight"]) // anchors
+        found["head_norm"] = "bbox_head.cls_convs.0.gn.weight" in state
     else:
         found["num_classes"] = len(state["decode_head.conv_seg.weight"])
     return found
@@ -115,6 +116,7 @@ def _retina() -> dict[str, str]:
     ):
         names[f"retina.head.{ours}_head.{last}"] = f"bbox_head.{its}"
         names |= {f"retina.head.{ours}_head.conv.{i}.0": f"bbox_head.{theirs}_convs.{i}.conv" for i in range(4)}
+        names |= {f"retina.head.{ours}_head.conv.{i}.1": f"bbox_head.{theirs}_convs.{i}.gn" for i in range(4)}
     return names
 
 
