@@ -41,7 +41,7 @@ def score(model, images):
     ],
 )
 def test_two_photos(two, name, neck, head, optimizer):
-    """The learning rate of recipe=coco (complaint 1) and the clipping of its involution heads; COCO's score afterwards."""
+    """Learning rate and clipping of recipe=coco with an involution head (complaint 1); COCO's score afterwards."""
     torch.manual_seed(0)
     sizes = {"min_size": 96, "max_size": 128, "pyramid_width": 64}
     options = {"head_norm": True} if name == "retinanet" else {"head": head} | FEW  # as in recipe=demo_detection

@@ -14,7 +14,9 @@ ROWS = {
         *NECK, "neck.fpn_convs.4.conv.weight", "bbox_head.cls_convs.3.conv.weight", "bbox_head.reg_convs.0.conv.bias",
         "bbox_head.retina_cls.weight", "bbox_head.retina_reg.bias", "backbone.stem.1.conv2.conv.weight",
     ],
-    ("retinanet", "resnet26", "convolution", None): ["bbox_head.reg_convs.3.conv.weight", "bbox_head.cls_convs.0.gn.bias"],
+    ("retinanet", "resnet26", "convolution", None): [
+        "bbox_head.reg_convs.3.conv.weight", "bbox_head.cls_convs.0.gn.bias",
+    ],
     ("faster_rcnn", "resnet26", "convolution", "convolution"): [
         "backbone.conv1.weight", "backbone.bn1.running_mean", "backbone.layer4.0.downsample.0.weight",
         "neck.fpn_convs.3.conv.weight", "rpn_head.rpn_conv.weight", "rpn_head.rpn_cls.bias", "rpn_head.rpn_reg.weight",
