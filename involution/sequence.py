@@ -1,7 +1,7 @@
-"""Layers one after the other, as ``nn.Sequential`` runs them; in training on the CPU some run together.
+"""Layers one after the other, as ``nn.Sequential`` runs them; in training some run together.
 
-There a BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual too. Next to an involution
-the layer behind the two joins them, and what it sees is not kept for the backward, but made again
+A BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual too. On the CPU, next to an
+involution, the layer behind the two joins them, and what it sees is not kept for the backward, but made again
 (``ops/recompute.py``). The numbers are those of the modules. Wherever anybody watches or changes a module
 (``unwatched.py``), and on other devices, layouts and types, the modules run one by one.
 """
@@ -25,7 +25,7 @@ def sequence(x: Tensor, *modules: nn.Module) -> Tensor:
             x, i = first(x), i + 1
             continue
         at_involution = isinstance(third, Involution2d) or (i > 0 and isinstance(modules[i - 1], Involution2d))
-        step = _step(third, x) if at_involution else None
+        step = _step(third, x) if at_involution and norm.takes(x) else None
         x, i = (norm.norm_relu(x, first), i + 2) if step is None else (recompute.run(x, step, first), i + 3)
     return x
 

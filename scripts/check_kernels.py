@@ -4,7 +4,8 @@
     python scripts/check_kernels.py --models rednet50 ablation --arch 86 90 --dtype bf16 fp32
     python scripts/check_kernels.py --models dense --size 800 1280 --batch 2      detectors and segmentors
 
-A line a kernel: tile (runs x groups x warps), registers, spilled bytes, shared memory of what a program may have,
+A line a kernel: tile (runs x groups x warps; of BatchNorm rows x channels x warps), registers, spilled bytes, shared
+memory of what a program may have,
 programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
 time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
 status 1 if one does not compile, needs more shared memory than there is, or spills in bf16 or fp16. At the end, for a
@@ -25,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import torch
 from kernels.compiled import ARCHITECTURES, Compiled, compile_launch
-from kernels.launches import Layer, launches, layers_of, networks
-from kernels.prediction import CARDS, predict
+from kernels.launches import Layer, Norm, launches, layers_of, networks, norms_of
+from kernels.prediction import CARDS, Floors, predict
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-Case = tuple[str, Layer, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
+Case = tuple[str, Layer | Norm, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
 
 
 class Outcome(NamedTuple):
@@ -44,7 +45,7 @@ class Outcome(NamedTuple):
 def main() -> int:
     args = parse()
     cases = list(plan(args))
-    print(f"{len(cases)} kernels; tile: runs x groups x warps", flush=True)
+    print(f"{len(cases)} kernels", flush=True)
     outcomes: dict[Case, Outcome] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
         for case, outcome in zip(cases, pool.map(compile_case, cases)):
@@ -59,25 +60,35 @@ def main() -> int:
     return 0 if fit == len(cases) else 1
 
 
-def step(name: str, arch: int, args: argparse.Namespace, floors: dict[tuple[str, Layer], float]) -> str:
-    """The predicted training step of a RedNet beside that of the ResNet of the same depth."""
-    other = name.replace("rednet", "resnet")
-    mine, theirs = (predict(model, args.batch, arch, floors, tuple(args.size)) for model in (name, other))
+def step(name: str, arch: int, args: argparse.Namespace, floors: Floors) -> str:
+    """The predicted training step of a RedNet beside that of the ResNet of the same depth, torch's and ours."""
+    other, rest = name.replace("rednet", "resnet"), (args.batch, arch, floors, tuple(args.size))
+    rows = {
+        name: predict(name, *rest, joined=True),
+        f"{other} of torch's operators": predict(other, *rest),
+        f"{other} of ours": predict(other, *rest, joined=True),
+    }
     lines = [f"PREDICTED step, bf16, batch {args.batch}, {CARDS[arch].name} (nothing of this is measured):"]
-    for model, parts in ((name, mine), (other, theirs)):
-        kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(parts.items(), key=lambda part: -part[1]))
+    mine = sum(rows[name].values())
+    for model, parts in rows.items():
+        kinds = ", ".join(f"{kind} {ms:.2f}" for kind, ms in sorted(parts.items(), key=lambda part: -part[1]) if ms)
         whole = sum(parts.values())
-        lines.append(f"  {model}: {whole:.1f} ms, {1e3 * args.batch / whole:.0f} images/s: {kinds}")
-    ratio = sum(mine.values()) / sum(theirs.values())
-    return "\n".join([*lines, f"  {name} takes {ratio:.2f} times as long as {other}"])
+        ratio = "" if model == name else f" ({name} takes {mine / whole:.2f} of it)"
+        lines.append(f"  {model}: {whole:.1f} ms, {1e3 * args.batch / whole:.0f} images/s{ratio}: {kinds}")
+    return "\n".join(lines)
 
 
 def plan(args: argparse.Namespace) -> Iterator[Case]:
     """Every different kernel of the models, once."""
-    layers = {layer: None for _, model in networks(args.models) for layer in layers_of(model, *args.size)}
+    layers: dict[Layer | Norm, None] = {}
+    for _, model in networks(args.models):
+        layers |= dict.fromkeys([*layers_of(model, *args.size), *norms_of(model, *args.size)])
     for layer, dtype, arch in product(layers, args.dtype, args.arch):
         for fused in {"as-run": (None,), "both": (True, False)}[args.kernels]:
-            if layer.reduced is None and fused:
+            if isinstance(layer, Norm):
+                if fused or dtype == "fp64":  # it has one form, and leaves float64 to torch
+                    continue
+            elif layer.reduced is None and fused:
                 continue
             for name in launches(layer, DTYPES[dtype], args.batch, fused):
                 if not args.only or name in args.only:
@@ -87,7 +98,8 @@ def plan(args: argparse.Namespace) -> Iterator[Case]:
 def compile_case(case: Case) -> Outcome:
     name, layer, dtype, arch, batch, fused = case
     launch = launches(layer, DTYPES[dtype], batch, fused)[name]
-    tile = f"{launch.arguments['J']:>2}x{launch.arguments['GB']}x{launch.warps}"
+    a = launch.arguments
+    tile = f"{a.get('J') or a.get('BR') or a['PP']:>2}x{a.get('GB') or a['BC']}x{launch.warps}"
     try:
         found = compile_launch(launch, arch)
     except Exception as error:  # Triton raises anything

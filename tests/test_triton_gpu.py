@@ -3,11 +3,13 @@
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, R reduced channels.
 """
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from involution.ops import involution2d, reference, span_involution2d
+from involution.ops import involution2d, norm, reference, span_involution2d
 from scripts.gpu import checks
 
 pytestmark = [
@@ -108,3 +110,29 @@ def test_under_torch_compile() -> None:
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     args = checks.parse(["synchronisations", "--batch", "8", "--size", "64"])
     assert checks.synchronisations(args)["places"] == []
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+def test_batch_norm_and_relu(dtype: torch.dtype, residual: bool) -> None:
+    """Of a size that is worth it; the same bits twice."""
+    layer = torch.nn.BatchNorm2d(256).cuda()
+    exact = copy.deepcopy(layer).double()
+    images = [
+        torch.randn(32, 256, 28, 28, device="cuda").to(dtype).to(memory_format=torch.channels_last).requires_grad_()
+        for _ in range(3)
+    ]
+    grad, inputs = images[2].detach(), images[: 1 + residual]
+    assert norm.supports(inputs[0], layer, *inputs[1:])
+    assert not norm.supports(inputs[0][:1].contiguous(memory_format=torch.channels_last), layer)
+    found = []
+    for _ in range(2):
+        out = norm.norm_relu(inputs[0], layer, *inputs[1:])
+        found.append([out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], grad)])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    doubles = [v.detach().double().requires_grad_() for v in inputs]
+    for _ in range(2):
+        expected = (exact(doubles[0]) + (doubles[1] if residual else 0)).relu()
+    grads = torch.autograd.grad(expected, [*doubles, *exact.parameters()], grad.double())
+    close([*found[0], layer.running_mean, layer.running_var],
+          [expected, *grads, exact.running_mean, exact.running_var], dtype)  # fmt: skip

@@ -5,6 +5,7 @@ its own: the interpreter is chosen by TRITON_INTERPRET=1 before Triton is import
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, R reduced channels.
 """
 
+import copy
 import os
 
 assert os.environ.get("TRITON_INTERPRET") == "1"
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from involution.ops import involution2d, reference, span_involution2d
+from involution.ops import involution2d, norm, reference, span_involution2d
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
 
@@ -81,6 +82,61 @@ def test_values_and_gradients(case: tuple) -> None:
     errors = [distance(r, e) for r, e in zip(results, references, strict=True)]
     assert max(errors) < TOLERANCE[dtype], errors
     assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+# B C H W dtype residual training mean
+NORMS = [
+    (2, 6, 5, 7, torch.float32, False, True, 0),
+    (3, 70, 9, 9, torch.float16, True, True, 0),  # two programs of channels, several of rows
+    (2, 8, 4, 4, torch.float32, True, False, 0),  # with the running statistics
+    (2, 8, 33, 33, torch.float32, False, True, 1000),  # 500 deviations from zero: squares would cancel
+]
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_batch_norm_and_relu(case: tuple) -> None:
+    B, C, H, W, dtype, residual, training, mean = case
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    def image() -> torch.Tensor:
+        return (2 * normal(B, C, H, W)).to(dtype).to(memory_format=torch.channels_last)
+
+    layer = torch.nn.BatchNorm2d(C).train(training)
+    values = {
+        "weight": normal(C) + 1,
+        "bias": normal(C),
+        "running_mean": normal(C) + mean,
+        "running_var": normal(C) ** 2,
+    }
+    layer.load_state_dict(values, strict=False)
+    exact = copy.deepcopy(layer).double()
+    inputs, grad = [(image() + mean).requires_grad_()], image()
+    inputs += [image().requires_grad_()] if residual else []
+    assert norm.supports(inputs[0], layer, *inputs[1:])
+    out = norm.norm_relu(inputs[0], layer, *inputs[1:])
+    results = [out, *torch.autograd.grad(out, [*inputs, *layer.parameters()], grad), *list(layer.buffers())[:2]]
+
+    doubles = [v.detach().double().requires_grad_() for v in inputs]
+    expected = (exact(doubles[0]) + (doubles[1] if residual else 0)).relu()
+    grads = torch.autograd.grad(expected, [*doubles, *exact.parameters()], grad.double())
+    errors = [distance(r, e) for r, e in zip(results, [expected, *grads, *list(exact.buffers())[:2]], strict=True)]
+    assert layer.num_batches_tracked == training
+    assert max(errors) < (1e-4 if mean else TOLERANCE[dtype]), errors  # the input itself has 24 bits
+    if not residual:
+        assert torch.equal(norm.remake(inputs[0], out.grad_fn.saved_tensors[3]), out)
+
+
+def test_second_derivatives_of_batch_norm_and_relu() -> None:
+    layer = torch.nn.BatchNorm2d(2)
+    x = torch.randn(2, 2, 3, 3).to(memory_format=torch.channels_last).requires_grad_()
+    found = []
+    for out in (norm.norm_relu(x, layer), layer(x).relu()):
+        (first,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+        found += torch.autograd.grad((first**2).sum(), x)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 def test_only_the_gradient_that_is_asked_for() -> None:

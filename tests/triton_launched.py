@@ -54,7 +54,15 @@ os.environ["INVOLUTION_BACKEND"] = "triton"
 torch.cuda.device = lambda device: contextlib.nullcontext()
 
 from involution import Involution2d
-from involution.ops import involution2d, span_involution2d, triton_backend, triton_gradients, triton_kernels
+from involution.ops import (
+    involution2d,
+    norm,
+    span_involution2d,
+    triton_backend,
+    triton_gradients,
+    triton_kernels,
+    triton_norm,
+)
 
 triton_backend.unsupported = lambda input, kernel: None  # tensors on the CPU will do
 
@@ -69,6 +77,9 @@ JITTED = [
     triton_gradients.grad_reduced_kernel,
     triton_gradients.grad_weight_kernel,
 ]
+NORM = ["statistics_kernel", "finish_statistics_kernel", "apply_kernel"]
+NORM_BACKWARD = ["gradients_kernel", "finish_gradients_kernel", "apply_gradients_kernel"]
+JITTED += [getattr(triton_norm, name) for name in NORM + NORM_BACKWARD]
 
 
 class Launched(NamedTuple):
@@ -198,14 +209,43 @@ def test_a_layer_under_autocast(launched: list[Launched]) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         out = layer(x)
     out.backward(GRAD.to(torch.bfloat16)[..., ::2])
-    assert [launch.name for launch in launched] == FUSED
+    assert [launch.name for launch in launched] == [*NORM, *FUSED, *NORM_BACKWARD]
     for launch in launched:
         pointers = {name: kind for name, kind in launch.types.items() if str(kind).startswith("*")}
-        assert {name for name, kind in pointers.items() if kind != "*bf16"} <= {"weight_parts", "bias_parts"}
+        if launch.name in FUSED:
+            assert {name for name, kind in pointers.items() if kind != "*bf16"} <= {"weight_parts", "bias_parts"}
+        else:  # BatchNorm's weights and statistics stay in float32, as torch's
+            images = {"x", "skip", "out", "masked", "grad"} & pointers.keys()
+            assert {pointers[name] for name in images} <= {"*bf16"}
+            assert {kind for name, kind in pointers.items() if name not in images} <= {"*fp32"}
     assert out.dtype == torch.bfloat16
     assert x.grad is not None
     assert {x.grad.dtype} | {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32}
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_batch_norm_residual_and_relu(launched: list[Launched]) -> None:
+    """80 channels in two chunks, 4000 rows in as many programs as there are 32 rows."""
+    x, skip = (random(4, 80, 25, 40, dtype=torch.bfloat16) for _ in range(2))
+    layer = torch.nn.BatchNorm2d(80)
+    out = norm.norm_relu(x, layer, skip)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, [x, skip, layer.weight, layer.bias], grad)
+
+    sums, finish, apply, grad_sums, grad_finish, grad_apply = launched
+    assert [launch.name for launch in launched] == NORM + NORM_BACKWARD
+    images, sizes = {"x": x, "skip": skip, "out": out}, {"rows": 4000, "C": 80}
+    check(sums, 2 * 125, sizes | {"per": 32, "chunks": 2}, x=x)
+    weights = {"weight": layer.weight, "bias": layer.bias}
+    statistics = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    check(finish, 3, sizes | {"P": 125, "PP": 128, "per": 32}, **weights, **statistics)  # 32 channels each
+    check(apply, 2 * 125, sizes, **images)
+    check(grad_sums, 2 * 125, sizes | {"per": 32}, x=x, out=out, grad=grad, masked=grads[1])
+    check(grad_finish, 3, sizes | {"P": 125}, grad_weight=grads[2], grad_bias=grads[3])
+    check(grad_apply, 2 * 125, sizes | {"MASK": False}, x=x, grad=grads[1], out=grads[0])
+    coefficients = {launch.arguments["coefficients"] for launch in launched[1:]}
+    assert len(coefficients) == 1
+    assert {sums.arguments["parts"], grad_sums.arguments["parts"]} >= {finish.arguments["parts"]}
 
 
 def test_only_the_gradient_that_is_asked_for(launched: list[Launched]) -> None:

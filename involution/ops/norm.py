@@ -1,4 +1,4 @@
-"""BatchNorm in training and the ReLU behind it as one operator on the CPU (csrc/norm.h).
+"""BatchNorm in training and the ReLU behind it as one operator, on the CPU (csrc/norm.h) and on a GPU (triton_norm.py).
 
 Torch takes 14 passes over memory for the two and their backward, this takes 8, and 11 instead of 17 with a residual.
 What a backward uses was saved by its forward: the module may be another by then.
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from . import backends, cpu, differentiable
 
+#: values below which a GPU waits for the six launches instead of for memory (predicted: 30 us of host time each)
+LAUNCH_BOUND = 1 << 22
+
 
 class Norm(ctypes.Structure):
     """One BatchNorm of one batch; csrc/norm.h has its mirror."""
@@ -27,21 +30,34 @@ class Norm(ctypes.Structure):
 
 def supports(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> bool:
     """Whether ``norm_relu`` takes these."""
-    same = skip is None or (takes(skip) and skip.shape == x.shape and skip.dtype == x.dtype)
-    return takes(x) and same and fits(norm, x, x.shape[1])
+    same = skip is None or (_plain(skip) and skip.shape == x.shape and skip.dtype == x.dtype)
+    return same and fits(norm, x, x.shape[1]) and (takes(x) or _takes_on_gpu(x, norm))
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the operators of training take this image: plain, float32, 64 or bfloat16, channels_last, on the CPU."""
+    """Whether the CPU's operators of training take this image: float32, 64 or bfloat16, and ``_plain``."""
     return (
-        type(x) is Tensor
+        _plain(x)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        and x.dim() == 4
-        and x.numel() > 0
-        and x.is_contiguous(memory_format=torch.channels_last)
         and backends.choose(x, x) is cpu
     )
+
+
+def _takes_on_gpu(x: Tensor, norm: nn.BatchNorm2d) -> bool:
+    """Whether the GPU's take it, and gain by it. A plain average of the statistics would wait for the device."""
+    return (
+        _plain(x)
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+        and (x.device.type == "cpu" or x.numel() >= LAUNCH_BOUND)
+        and norm.momentum is not None
+        and hasattr(backends.choose(x, x), "norm_forward")
+    )
+
+
+def _plain(x: Tensor) -> bool:
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return type(x) is Tensor and channels_last and x.numel() > 0
 
 
 def fits(norm: nn.BatchNorm2d, x: Tensor, channels: int) -> bool:
@@ -71,7 +87,11 @@ def describe(norm: nn.BatchNorm2d, x: Tensor, rows: int | None = None) -> Norm:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(x) [+ skip]), and the coefficients (4, C) that the backward needs; updates mean and var in training."""
+    """relu(norm(x) [+ skip]), and the coefficients (4, C) that the backward needs (a GPU's are 6); updates mean and var
+    in training."""
+    if not takes(x):
+        options = problem.momentum, problem.eps, bool(problem.training)
+        return _on_gpu(x).norm_forward(x, weight, bias, mean, var, *options, skip)
     sums = cpu.wide(x.dtype)
     out, coefficients = torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=sums)
     weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
@@ -84,6 +104,8 @@ def forward(
 
 def remake(x: Tensor, coefficients: Tensor) -> Tensor:
     """The result of ``forward`` without a skip again, to the last bit."""
+    if not takes(x):
+        return _on_gpu(x).norm_remake(x, coefficients)
     out = torch.empty_like(x)
     rows = x.numel() // x.shape[1]
     cpu.call("norm_apply", x.dtype, Norm(rows, x.shape[1], torch.get_num_threads()), x, coefficients, out)
@@ -101,12 +123,19 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight, bias and skip. out: the result where there was a skip."""
     grad = grad.contiguous(memory_format=torch.channels_last)
+    if not takes(x):
+        return _on_gpu(x).norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out)
     grad_x, sums = torch.empty_like(x), coefficients.dtype
     grad_weight, grad_bias = torch.empty_like(weight, dtype=sums), torch.empty_like(bias, dtype=sums)
     grad_skip = None if out is None else torch.empty_like(x)
     tensors = grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias
     cpu.call("norm_backward", x.dtype, problem, *tensors)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_skip
+
+
+def _on_gpu(x: Tensor) -> Any:
+    """The backend with ``norm_forward``, ``norm_remake`` and ``norm_backward``."""
+    return backends.choose(x, x)
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from . import triton_norm_plans as norm_plans
 from .shapes import empty_kernel, empty_output, empty_product
 from .triton_plans import (
     ACCUMULATE,
@@ -26,7 +27,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _run(launch: Launch, device: torch.device) -> None:
-    assert launch.arguments["total"] > 0
+    assert launch.programs > 0
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
     if INTERPRETED:
         launch.kernel[(launch.programs,)](**launch.arguments, **options)
@@ -135,3 +136,39 @@ def span_backward(
     _run(launch, input.device)
     grad_weight = weights.sum(0).to(weight.dtype).view(weight.shape)
     return grad_input, grad_reduced, grad_weight, None if biases is None else biases.sum(0).to(weight.dtype)
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float, training: bool,
+    skip: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """relu(norm(x) [+ skip]) and the coefficients (6, C) for the backward; updates mean and var in training."""
+    out, coefficients = torch.empty_like(x), torch.empty(6, x.shape[1], dtype=torch.float32, device=x.device)
+    sums = norm_plans.plan_statistics(x) if training else None
+    if sums is not None:
+        _run(sums, x.device)
+    finish = norm_plans.plan_finish_statistics(x, sums, weight, bias, mean, var, coefficients, momentum, eps)
+    _run(finish, x.device)
+    _run(norm_plans.plan_apply(x, skip, coefficients, out), x.device)
+    return out, coefficients
+
+
+def norm_remake(x: Tensor, coefficients: Tensor) -> Tensor:
+    """The result of `norm_forward` without a skip again, to the last bit."""
+    out = torch.empty_like(x)
+    _run(norm_plans.plan_apply(x, None, coefficients, out), x.device)
+    return out
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, training: bool, out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Gradients of x, weight, bias and skip. out: the result where there was a skip."""
+    grad_x, grad_weight, grad_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+    masked = None if out is None else torch.empty_like(x)
+    sums = norm_plans.plan_gradients(grad, x, out, coefficients, masked)
+    _run(sums, x.device)
+    _run(norm_plans.plan_finish_gradients(x, sums, coefficients, grad_weight, grad_bias, training), x.device)
+    through = grad if masked is None else masked
+    _run(norm_plans.plan_apply_gradients(through, x, coefficients, grad_x, masked is None), x.device)
+    return grad_x, grad_weight, grad_bias, masked

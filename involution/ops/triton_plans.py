@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     warps: int
 
 
-def _ceil(a: int, b: int) -> int:
+def ceil(a: int, b: int) -> int:
     """a / b rounded up; Triton's own takes ten times as long, and a launch needs five of them."""
     return -(-a // b)
 
@@ -59,7 +59,7 @@ def common_arguments(
 
 
 def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:
-    return images * arguments[rows] * _ceil(arguments[width], arguments["RUN"])
+    return images * arguments[rows] * ceil(arguments[width], arguments["RUN"])
 
 
 def _taps_from(kernel: Tensor | None, reduced: Tensor | None, *span: Tensor | None) -> dict[str, Any]:
@@ -96,10 +96,10 @@ def plan_grad_input(
     arguments = common | _taps_from(kernel, reduced, weight, bias)
     arguments |= {"grad": grad, "grad_strides": grad.stride(), "STEP": grad.stride(3)}
     if common["S"] > 1:
-        arguments["RUN"] = _ceil(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
+        arguments["RUN"] = ceil(4, common["S"]) * common["S"]  # a multiple of the stride: see the kernel
     arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(grad, kernel, reduced, out)}
     every = common["S"] if common["D"] == 1 else 1
-    arguments["total"] = grad.shape[0] * _ceil(common["H"], every) * _ceil(common["W"], arguments["RUN"])
+    arguments["total"] = grad.shape[0] * ceil(common["H"], every) * ceil(common["W"], arguments["RUN"])
     launch = _tiled(triton_kernels.grad_input_kernel, arguments, tiles.grad_input_tile(arguments))
     return launch._replace(programs=every * launch.programs)
 
@@ -115,13 +115,13 @@ def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str,
     arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5)}
     launch = _tiled(triton_gradients.grad_kernel_kernel, arguments, tiles.grad_kernel_tile(arguments))
     a = launch.arguments
-    return launch._replace(programs=_ceil(a["total"], a["J"]) * _ceil(a["G"], a["GB"]))
+    return launch._replace(programs=ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"]))
 
 
 def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
     arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
     launch = _tiled(triton_gradients.grad_reduced_kernel, arguments, tiles.grad_reduced_tile(arguments))
-    return launch._replace(programs=_ceil(arguments["total"], launch.arguments["J"]))
+    return launch._replace(programs=ceil(arguments["total"], launch.arguments["J"]))
 
 
 def plan_grad_weight(
@@ -132,9 +132,9 @@ def plan_grad_weight(
     taps, channels = common["G"] * common["K"] ** 2, common["R"]
     tile = tiles.grad_weight_tile(common, input.element_size())
     rows = tiles.grad_weight_rows(tile, common)
-    programs = _ceil(common["G"], tile.GB) * _ceil(common["K"], rows)
+    programs = ceil(common["G"], tile.GB) * ceil(common["K"], rows)
     # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
-    parts = min(_ceil(528, programs), _ceil(arguments["total"], tile.J))
+    parts = min(ceil(528, programs), ceil(arguments["total"], tile.J))
     accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
     weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
     biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
@@ -147,5 +147,5 @@ def plan_grad_weight(
 def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:
     """The launch in a tile, with a program for each tile of runs, groups and chunks of channels."""
     a = arguments | {"J": tile.J, "GB": tile.GB}
-    programs = _ceil(a["total"], a["J"]) * _ceil(a["G"], a["GB"]) * _ceil(a["GC"], a["BC"])
+    programs = ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"]) * ceil(a["GC"], a["BC"])
     return Launch(kernel, a, programs, tile.warps)

@@ -140,7 +140,10 @@ def _floor(listing: str, launch: Launch, gpu: Architecture) -> float:
 def _trips(launch: Launch) -> list[float]:
     """How often the loops run that the compiler leaves, the outermost first."""
     a: dict[str, Any] = launch.arguments
-    name, chunks = launch.kernel.__name__, math.ceil(a["GC"] / a["BC"])
+    name = launch.kernel.__name__
+    if "BR" in a or "PP" in a:  # BatchNorm
+        return [math.ceil(a["per"] / a["BR"])] if "BR" in a and "per" in a else []
+    chunks = math.ceil(a["GC"] / a["BC"])
     chunked = [chunks] if chunks > 1 and name not in ("forward_kernel", "grad_input_kernel") else []
     if name == "grad_weight_kernel":
         return [math.ceil(math.ceil(a["total"] / a["J"]) / a["parts"])] + a["UB"] * chunked

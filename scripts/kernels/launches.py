@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from involution import Involution2d, create_model
+from involution.ops import triton_norm_plans as norm_plans
 from involution.ops import triton_plans as plans
 from involution.ops.triton_plans import Launch
 
@@ -36,6 +37,17 @@ class Layer(NamedTuple):
         c, h, w = self.size
         fused = "" if self.reduced is None else f" R{self.reduced}"
         return f"{c}x{h}x{w} G{self.groups} K{self.kernel_size} s{self.stride} d{self.dilation}{fused}"
+
+
+class Norm(NamedTuple):
+    """A BatchNorm with the ReLU behind it, (C, H, W) of its input, and whether a residual is added between them."""
+
+    size: tuple[int, int, int]
+    skip: bool
+
+    def __str__(self) -> str:
+        c, h, w = self.size
+        return f"{c}x{h}x{w}{' + residual' if self.skip else ''}"
 
 
 def networks(names: list[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -67,15 +79,56 @@ def layers_of(model: nn.Module, height: int = 224, width: int = 224) -> list[Lay
         ] = None
 
     handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, Involution2d)]
+    _run_on_meta(model, handles, height, width)
+    return list(found)
+
+
+def norms_of(model: nn.Module, height: int = 224, width: int = 224) -> list[Norm]:
+    """BatchNorms and ReLUs of every width in a model, each at its largest size: on what else a kernel depends."""
+    found: dict[tuple[int, bool], Norm] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if "downsample" in names[module]:  # no ReLU is behind it
+            return
+        channels, rows, columns = inputs[0].shape[1:]
+        skip = names[module].endswith("bn3")  # of a bottleneck block
+        found.setdefault((channels, skip), Norm((channels, rows, columns), skip))  # sizes only shrink
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if type(m) is nn.BatchNorm2d]
+    _run_on_meta(model, handles, height, width)
+    return list(found.values())
+
+
+def _run_on_meta(model: nn.Module, handles: list[Any], height: int, width: int) -> None:
     with torch.no_grad():
         model.eval()(torch.empty(1, 3, height, width, device="meta"))
     for handle in handles:
         handle.remove()
-    return list(found)
 
 
-def launches(layer: Layer, dtype: torch.dtype, batch: int, fused: bool | None = None) -> dict[str, Launch]:
+def norm_launches(norm: Norm, dtype: torch.dtype, batch: int) -> dict[str, Launch]:
+    """The launches of BatchNorm and ReLU by name, in training."""
+    channels, height, width = norm.size
+    x = torch.empty(batch, channels, height, width, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    row, coefficients = torch.empty(channels, device="meta"), torch.empty(6, channels, device="meta")
+    skip = x if norm.skip else None
+    sums, grads = norm_plans.plan_statistics(x), norm_plans.plan_gradients(x, x, skip, coefficients, skip)
+    finish = norm_plans.plan_finish_statistics(x, sums, row, row, row, row, coefficients, 0.1, 1e-5)
+    return {
+        "norm_sums": sums,
+        "norm_finish": finish,
+        "norm_apply": norm_plans.plan_apply(x, skip, coefficients, x),
+        "norm_grad_sums": grads,
+        "norm_grad_finish": norm_plans.plan_finish_gradients(x, grads, coefficients, row, row, True),
+        "norm_grad_apply": norm_plans.plan_apply_gradients(x, x, coefficients, x, not norm.skip),
+    }
+
+
+def launches(layer: Layer | Norm, dtype: torch.dtype, batch: int, fused: bool | None = None) -> dict[str, Launch]:
     """A layer's launches by name, in channels_last: the fused kernels (True), the plain ones (False) or as it runs."""
+    if isinstance(layer, Norm):
+        return norm_launches(layer, dtype, batch)
     (channels, height, width), k = layer.size, layer.kernel_size
     padding = layer.dilation * (k - 1) // 2
     out_height, out_width = -(-height // layer.stride), -(-width // layer.stride)

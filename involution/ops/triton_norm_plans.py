@@ -1,0 +1,87 @@
+"""What BatchNorm and ReLU launch on a GPU (triton_norm.py), from shapes alone; tensors may lie on the meta device.
+
+Shape legend: B batch, C channels, H W size; rows B H W, P partial sums.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import triton_norm as kernels
+from .triton_plans import Launch, ceil
+from .triton_tiles import power
+
+ROWS, CHANNELS = 32, 64  # a program's tile: 16 values a thread, loaded 8 at a time in 16 bits
+PROGRAMS, PARTS = 1056, 1024  # eight programs a multiprocessor of the largest GPUs; not more partial sums than one adds
+
+
+def sizes(x: Tensor) -> dict[str, Any]:
+    """Arguments that the kernels share."""
+    channels = x.shape[1]
+    block = min(CHANNELS, power(channels))
+    return {
+        "rows": x.numel() // channels, "C": channels, "chunks": ceil(channels, block), "BC": block,
+        "BR": ROWS * CHANNELS // block if x.element_size() == 2 else ROWS * CHANNELS // block // 2,
+    }  # fmt: skip
+
+
+def _sums(kernel: Any, x: Tensor, arguments: dict[str, Any]) -> Launch:
+    """The launch, and in its arguments the partial sums, `parts` (P, 2, C), of `per` rows each."""
+    a = sizes(x)
+    per = max(a["BR"], ceil(a["rows"], min(PARTS, ceil(PROGRAMS, a["chunks"]))))
+    parts = torch.empty(ceil(a["rows"], per), 2, a["C"], dtype=torch.float32, device=x.device)
+    return Launch(kernel, a | {"x": x, "per": per, "parts": parts} | arguments, a["chunks"] * len(parts), 4)
+
+
+def plan_statistics(x: Tensor) -> Launch:
+    return _sums(kernels.statistics_kernel, x, {})
+
+
+def _finish(kernel: Any, x: Tensor, sums: Launch | None, arguments: dict[str, Any]) -> Launch:
+    """`kernel` for a few channels a program: about 4096 partial sums."""
+    parts, channels = None if sums is None else sums.arguments["parts"], x.shape[1]
+    count = 1 if parts is None else len(parts)
+    padded = power(count)
+    block = min(max(4, 4096 // padded), 128, power(channels))
+    arguments |= {"parts": parts, "rows": x.numel() // channels, "C": channels, "P": count, "PP": padded, "BC": block}
+    return Launch(kernel, arguments, ceil(channels, block), 4)
+
+
+def plan_finish_statistics(
+    x: Tensor, sums: Launch | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, coefficients: Tensor,
+    momentum: float, eps: float,
+) -> Launch:  # fmt: skip
+    """sums: plan_statistics's launch, or None to normalise with the running statistics."""
+    arguments = {
+        "weight": weight, "bias": bias, "running_mean": mean, "running_var": var, "coefficients": coefficients,
+        "momentum": momentum, "eps": eps, "TRAINING": sums is not None,
+        "per": 1 if sums is None else sums.arguments["per"],
+    }  # fmt: skip
+    return _finish(kernels.finish_statistics_kernel, x, sums, arguments)
+
+
+def _each_place(kernel: Any, x: Tensor, arguments: dict[str, Any]) -> Launch:
+    a = sizes(x) | arguments
+    return Launch(kernel, a, a["chunks"] * ceil(a["rows"], a["BR"]), 4)
+
+
+def plan_apply(x: Tensor, skip: Tensor | None, coefficients: Tensor, out: Tensor) -> Launch:
+    return _each_place(kernels.apply_kernel, x, {"x": x, "skip": skip, "coefficients": coefficients, "out": out})
+
+
+def plan_gradients(grad: Tensor, x: Tensor, out: Tensor | None, coefficients: Tensor, masked: Tensor | None) -> Launch:
+    arguments = {"grad": grad, "out": out, "coefficients": coefficients, "masked": masked}
+    return _sums(kernels.gradients_kernel, x, arguments)
+
+
+def plan_finish_gradients(
+    x: Tensor, sums: Launch, coefficients: Tensor, grad_weight: Tensor, grad_bias: Tensor, training: bool
+) -> Launch:
+    arguments = {"coefficients": coefficients, "grad_weight": grad_weight, "grad_bias": grad_bias, "TRAINING": training}
+    return _finish(kernels.finish_gradients_kernel, x, sums, arguments)
+
+
+def plan_apply_gradients(grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, mask: bool) -> Launch:
+    arguments = {"grad": grad, "x": x, "coefficients": coefficients, "out": out, "MASK": mask}
+    return _each_place(kernels.apply_gradients_kernel, x, arguments)
