@@ -125,8 +125,6 @@ def test_batch_norm_and_relu(case: tuple) -> None:
     errors = [distance(r, e) for r, e in zip(results, [expected, *grads, *list(exact.buffers())[:2]], strict=True)]
     assert layer.num_batches_tracked == training
     assert max(errors) < (1e-4 if mean else TOLERANCE[dtype]), errors  # the input itself has 24 bits
-    if not residual:
-        assert torch.equal(norm.remake(inputs[0], out.grad_fn.saved_tensors[3]), out)
 
 
 def test_second_derivatives_of_batch_norm_and_relu() -> None:

@@ -89,10 +89,11 @@ def norms_of(model: nn.Module, height: int = 224, width: int = 224) -> list[Norm
     names = {module: name for name, module in model.named_modules()}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if "downsample" in names[module]:  # no ReLU is behind it
-            return
         channels, rows, columns = inputs[0].shape[1:]
-        skip = names[module].endswith("bn3")  # of a bottleneck block
+        block, _, name = names[module].rpartition(".")
+        if "downsample" in block:  # no ReLU is behind it
+            return
+        skip = name == "bn3" and hasattr(model.get_submodule(block), "downsample")
         found.setdefault((channels, skip), Norm((channels, rows, columns), skip))  # sizes only shrink
 
     handles = [m.register_forward_pre_hook(note) for m in model.modules() if type(m) is nn.BatchNorm2d]
