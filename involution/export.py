@@ -25,7 +25,7 @@ from involution.models import StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
 from involution.models.san import SAN
 from involution.models.standalone import StandAloneResNet
-from involution.ops import packaged
+from involution.ops import banded, packaged
 from involution.ops.build import BuildError
 from involution.weights import describe
 
@@ -133,7 +133,9 @@ def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> 
     except ImportError as error:
         raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
-    torch.onnx.export(export_program(model, size), (), path, external_data=False, verbose=False, **options)
+    with torch.no_grad(), banded.wanted():
+        program = export_program(_folded(model), size)
+    torch.onnx.export(program, (), path, external_data=False, verbose=False, **options)
 
 
 def save_safetensors(

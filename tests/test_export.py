@@ -13,7 +13,7 @@ from torch import nn
 import involution
 from involution import export
 from involution.models import RedNet, load_model
-from involution.ops import involution2d, neighbourhood_product, standard
+from involution.ops import banded, involution2d, neighbourhood_product, span_involution2d, standard
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [(3, 3, 64, 64), (1, 3, 70, 65), (2, 3, 33, 90)]
@@ -39,6 +39,23 @@ def test_decompositions_equal_the_operators(stride, dilation, size, dtype):
     product = neighbourhood_product(expected, x, size, stride=stride, dilation=dilation, groups=3)
     found = standard.neighbourhood_product(expected, x, size, 3, stride, dilation)
     torch.testing.assert_close(found, product)
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "dilation", "height", "width"),
+    [(7, 1, 1, 9, 15), (7, 2, 1, 7, 14), (3, 1, 1, 6, 5), (5, 3, 1, 8, 23), (5, 2, 2, 9, 9), (9, 1, 1, 5, 7)],
+)
+def test_the_banded_form_equals_the_fused_operator(size, stride, dilation, height, width):
+    torch.manual_seed(0)
+    x, bias = torch.randn(2, 12, height, width), torch.randn(3 * size * size)
+    reduced = torch.randn(2, 5, -(-height // stride), -(-width // stride))
+    weight = torch.randn(3 * size * size, 5, 1, 1)
+    with banded.wanted():
+        assert banded.takes(x, size, stride, dilation)
+    for b in (bias, None):
+        found = banded.span_involution2d(x, reduced, weight, b, size, stride, dilation)
+        expected = span_involution2d(x, reduced, weight, b, size, stride=stride, dilation=dilation)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_torch_program(model, tmp_path):

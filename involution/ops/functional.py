@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import composed, packaged, registration, standard  # noqa: F401  (registration defines torch.ops.involution)
+from . import banded, composed, packaged, registration, standard  # noqa: F401  (registration defines torch.ops.involution)
 from .shapes import output_hw
 from .transforms import active, apply
 
@@ -118,6 +118,8 @@ def span_involution2d(
     window: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation}
     if has_torch_function(tensors):
         return handle_torch_function(span_involution2d, tensors, *tensors, kernel_size, **window)
+    if standard.exporting() and padding is None and banded.takes(input, kernel_size, stride, dilation):
+        return banded.span_involution2d(input, reduced, weight, bias, kernel_size, stride, dilation)
     if standard.exporting() or active():
         return involution2d(input, composed.span_kernel(reduced, weight, bias, kernel_size), **window)
     padding = _check_options(input, kernel_size, stride, padding, dilation)

@@ -52,7 +52,7 @@ def command() -> str:
 
 def conditions(args: argparse.Namespace) -> dict[str, str]:
     """Everything that a reader needs to judge or repeat a measurement."""
-    packages = ("torch", "torchvision", "triton", "nvidia-dali-cuda130")
+    packages = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "onnxruntime")
     return {
         "command": command(),
         "commit": _commit(),

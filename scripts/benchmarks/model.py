@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import families, timing
+from benchmarks import families, runtimes, timing
 from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import fill_heap
@@ -108,6 +108,9 @@ def run(args: argparse.Namespace, report: Report) -> None:
     fill_heap(0.1 if args.quick else max(*args.batch, args.train_batch) / 4)
     parts = {"inference", "training", "memory", "breakdown"} if args.only is None else set(args.only)
     settings = f"{args.side} x {args.side}, {args.dtype}, channels_last"
+    if args.runtime:
+        report.table(f"Inference in {args.runtime}, {args.side} x {args.side}", runtimes.rows(args), runtimes.NOTE)
+        return
     names = [f"{kind}{depth}".lower() for depth in args.depth for kind in kinds(depth)]
     if parts & {"inference", "breakdown"}:
         variants = {name: inference_variants(name, args) for name in names}
@@ -164,6 +167,7 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--attention", nargs="*", metavar="NAME", help="self-attention networks as well (default: one a family)"
     )
+    parser.add_argument("--runtime", choices=runtimes.RUNTIMES, help="inference there instead, in fp32 on the CPU")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave compiled inference out")
     parser.add_argument(
         "--compile-training", action="store_true", help="compiled training steps as well (minutes each)"
