@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from involution.checks import printable
 from involution.complexity import count
-from involution.folding import fold
+from involution.folding import fold_parts
 from involution.loading import IMAGENET, input_channels
 from involution.models import StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
@@ -111,15 +111,13 @@ def export_aoti(
                 configs |= stack.enter_context(packaged.kept())
             except BuildError as error:
                 warnings.warn(f"the package will be slower, of standard operators: {error}", stacklevel=2)
-        program = export_program(_folded(model), size)
+        program = export_program(_channels_last(model), size)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
-def _folded(model: nn.Module) -> nn.Module:
-    """As ``fold`` makes it, which need not say what it cannot fold; images may come in any memory format."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* is not folded")
-        return fold(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+def _channels_last(model: nn.Module) -> nn.Module:
+    """Folded; images may come in any memory format."""
+    return fold_parts(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> None:
@@ -134,7 +132,7 @@ def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> 
         raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with torch.no_grad(), banded.wanted():
-        program = export_program(_folded(model), size)
+        program = export_program(_channels_last(model), size)
     torch.onnx.export(program, (), path, external_data=False, verbose=False, **options)
 
 

@@ -68,6 +68,17 @@ def fold(model: nn.Module) -> nn.Module:
     return model
 
 
+def fold_parts(model: nn.Module) -> nn.Module:
+    """``fold``, and where it leaves the whole as it is, ``fold`` of each child; it does not say what stays."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = fold(model)
+        if told:
+            for name, child in found.named_children():
+                setattr(found, name, fold(child))
+    return found
+
+
 def _replaced(model: nn.Module, calls: Calls) -> nn.Module:
     """A copy with every replacement under each of the names of what it stands for."""
     found: dict[nn.Module, nn.Module] = {}

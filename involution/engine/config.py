@@ -76,6 +76,7 @@ class EvalConfig:
     contact_sheet: str | None = MISSING
     layer: str | None = MISSING
     min_score: float = MISSING
+    fold: bool = MISSING
 
 
 CHOICES = {

@@ -2,8 +2,8 @@
 
 A tile is T neighbouring outputs of a row. Row t of its band matrix (T, K*L) holds the K*K taps of output t, zeros
 between them, at the places of its window in the tile's L columns of K input rows; product with those (K*L, C/G) is the
-tile's output. Row t starts s*t places to the right. Nothing is moved for that: the span weights, padded, write rows that
-are s longer than K*L, and the same memory seen as rows of K*L has every row shifted by s more than the one before.
+tile's output. Row t starts s*t places to the right. Nothing is moved for that: the span weights, padded, write rows
+that are s longer than K*L, and the same memory seen as rows of K*L has every row shifted by s more than the one before.
 
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels, n
 tiles in a row, s stride.

@@ -31,12 +31,13 @@ class ClassifiedPictures:
 
     def __init__(self, opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> None:
         self.classifier = as_classifier(opened, device, **told)
-        self.layer, self.device, self.channels = config.layer, device, input_channels(self.classifier.model)
+        self.layer, self.device, self.fold = config.layer, device, config.fold
+        self.channels = input_channels(self.classifier.model)
         if config.contact_sheet is not None and find_layer(self.classifier.model, config.layer) is None:
             raise UserError(f"contact_sheet: {config.checkpoint} has no involutions, hence no kernels to show")
 
     def predict(self, pictures: Sequence[tuple[Path, Any]]) -> list[Classes]:
-        return self.classifier.predict([picture for _, picture in pictures], TOP)
+        return self.classifier.predict([picture for _, picture in pictures], TOP, self.fold)
 
     def text(self, path: Path, prediction: Classes) -> str:
         return "\n".join([printable(path), *(f"  {100 * p:5.1f} %  {printable(name)}" for name, p in prediction)])

@@ -16,7 +16,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 from data.coco import CocoImages, bitmaps
 from data.decode import BadImageError, decode
 from involution.engine.config import EvalConfig
-from involution.engine.predict import open_picture
+from involution.engine.predict import for_pictures, open_picture
 from involution.engine.tasks.average_precision import Found, as_found
 from involution.loading import Opened
 from involution.visualize import evaluating
@@ -120,7 +120,7 @@ class DetectedPictures:
     channels = 3
 
     def __init__(self, opened: Opened, config: EvalConfig, device: torch.device) -> None:
-        self.model, self.device, self.least = opened.model.to(device).eval(), device, config.min_score
+        self.model, self.device, self.least = for_pictures(opened.model, config, device), device, config.min_score
         known = opened.class_names or []
         self.class_names = [*known, *(str(k) for k in range(len(known), opened.model.num_classes))]
 

@@ -14,7 +14,7 @@ from data.cityscapes import CITYSCAPES
 from data.transforms import normalise
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
-from involution.engine.predict import open_picture
+from involution.engine.predict import for_pictures, open_picture
 from involution.engine.tasks.mean_iou import classify
 from involution.engine.tasks.overlays import colours_of, overlay, write_sheet
 from involution.loading import IMAGENET, Opened
@@ -57,7 +57,7 @@ class SegmentedPictures:
     def __init__(self, opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> None:
         prepared = {key: opened.data.get(key, IMAGENET.get(key)) for key in ("mean", "std", "window")} | told
         self.mean, self.std, self.window = (prepared[key] for key in ("mean", "std", "window"))
-        self.model, self.device = opened.model.to(device).to(memory_format=torch.channels_last).eval(), device  # type: ignore
+        self.model, self.device = for_pictures(opened.model, config, device), device
         self.class_names = class_names_of(opened)
         self.left = SHEET if config.contact_sheet is not None else 0
         city = self.class_names == CITYSCAPES.names
