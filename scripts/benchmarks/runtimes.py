@@ -64,6 +64,4 @@ def _row(networks: dict[str, Network], batch: int, args: argparse.Namespace) -> 
     return row
 
 
-NOTE = (
-    "Both as scripts/export.py writes them, for images of any size; Python: the folded RedNet in torch, channels_last."
-)
+NOTE = "As scripts/export.py writes them, for images of any size. Python: the folded RedNet in torch, not compiled."
