@@ -110,7 +110,7 @@ def test_files_are_as_the_benchmarks_server_takes_them_and_as_own_pictures_give(
     sheet, table = tmp_path / "sheet.png", tmp_path / "found.json"
     finished = in_process(
         "eval.py", f"checkpoint={run}", f"images={squares}/val", f"contact_sheet={sheet}", f"output={table}",
-        "min_score=0", "device=cpu",
+        "min_score=0", "fold=false", "device=cpu",
     )  # fmt: skip
     assert finished.status == 0, finished.stderr
     said = json.loads(finished.stdout.splitlines()[-1])["predictions"]
