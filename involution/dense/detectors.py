@@ -116,7 +116,7 @@ class RetinaNet(Detector):
     """RetinaNet; with RedNet-50 27.8 M trainable parameters and 38.3 AP in the paper.
 
     Args:
-        normalizer, head_norm: see ``Retina``.
+        normalizer, head_norm, anchor_scale: see ``Retina``.
     """
 
     extra, first = "convolution", 1
@@ -137,12 +137,13 @@ class RetinaNet(Detector):
         box_loss_beta: float = 0.0,
         normalizer: str = "batch",
         head_norm: bool = False,
+        anchor_scale: float = 4.0,
     ) -> None:
         if head == "involution":
             raise ValueError('head is "involution"; RetinaNet\'s head has convolutions alone: head="convolution"')
         sizes = (min_size, max_size, image_mean, image_std)
         super().__init__(num_classes, backbone, neck, head, plugin, *sizes, pyramid_width)
-        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer, head_norm)
+        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer, head_norm, anchor_scale)
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.retina.losses(levels, targets)

@@ -14,7 +14,6 @@ from involution.dense.images import Images
 from involution.dense.pyramid import CHANNELS
 
 STRIDES = (8, 16, 32, 64, 128)
-SIZES = tuple(tuple(4 * stride * 2 ** (i / 3) for i in range(3)) for stride in STRIDES)
 GROUPS = 16  # of a GroupNorm
 SCORE, OVERLAP, CANDIDATES, DETECTIONS = 0.05, 0.5, 1000, 100
 
@@ -27,6 +26,7 @@ class Retina(nn.Module):
             image's by its own, and then their mean (torchvision).
         head_norm: GroupNorm after each convolution of the two towers, for training from nothing (He et al., ICCV 2019);
             the paper's have none, and begin with a pre-trained backbone.
+        anchor_scale: side of a level's smallest anchor, in strides of the level (the paper: 32 pixels at stride 8).
     """
 
     def __init__(
@@ -36,12 +36,17 @@ class Retina(nn.Module):
         box_loss_beta: float = 0.0,
         normalizer: str = "batch",
         head_norm: bool = False,
+        anchor_scale: float = 4.0,
     ) -> None:
         super().__init__()
+        if not 0 < anchor_scale < float("inf"):
+            raise ValueError(f"anchor_scale is {anchor_scale!r}; it should be greater than 0, and finite")
         if normalizer not in ("batch", "image"):
             raise ValueError(f'normalizer is {normalizer!r}; it should be "batch" or "image"')
         self.box_loss_beta, self.normalizer = box_loss_beta, normalizer
-        self.anchors = Anchors(SIZES, STRIDES)
+        self.anchors = Anchors(
+            [[anchor_scale * stride * 2 ** (i / 3) for i in range(3)] for stride in STRIDES], STRIDES
+        )
         norm = partial(nn.GroupNorm, GROUPS) if head_norm else None
         self.head = RetinaNetHead(width, self.anchors.per_pixel, num_classes, norm)
         with torch.no_grad():  # four of these in a row let little through: from fewer channels as much as from 256
