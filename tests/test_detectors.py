@@ -103,6 +103,15 @@ def test_anchors_have_exact_strides_and_sizes():
         assert torch.allclose(height / width, torch.tensor([0.5, 1, 2]))
 
 
+def test_anchors_of_retinanet_follow_their_scale():
+    models = [create_model("retinanet", backbone="rednet26", **options) for options in ({}, {"anchor_scale": 2})]
+    paper, half = (model.retina.anchors.cells for model in models)
+    assert torch.equal(paper, 2 * half)
+    width, height = (paper[0, :, 2:] - paper[0, :, :2]).T  # of the finest level: 32 pixels and thirds of an octave more
+    sizes = (width * height).sqrt().view(3, 3)  # ratios, sizes
+    assert torch.allclose(sizes, (32 * 2 ** (torch.arange(3) / 3)).expand(3, 3))
+
+
 def test_regions_are_pooled_at_the_strides_of_their_levels_for_any_image():
     """torchvision's pooling infers scales from its first images: wrong ones from 33 pixels, and keeps them."""
     pool = RoIAlign(7)
@@ -201,6 +210,7 @@ def test_masks_are_cut_and_pasted_back():
         ({"name": "mask_rcnn", "num_classes": 0}, "num_classes"),
         ({"name": "mask_rcnn", "pyramid_width": 40}, "multiple of the 16"),
         ({"name": "retinanet", "normalizer": "mean"}, "normalizer is 'mean'"),
+        ({"name": "retinanet", "anchor_scale": 0}, "anchor_scale is 0"),
     ],
 )
 def test_wrong_options(options, message):
