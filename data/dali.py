@@ -169,7 +169,7 @@ class DaliBackend:
             window = torch.from_dlpack(window)
             picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
         if self.settings.transform.policies:
-            n = max(1, self.settings.workers)  # shares: a task for each picture would cost half as much again
+            n = max(1, self.settings.workers)  # shares: a task for each picture costs more in switches
             shares = ([values[i::n] for i in range(n)] for values in (pictures, draws))
             list(self._augmenters.map(self._augment, *shares))
         if self.settings.device.type == "cuda":

@@ -111,12 +111,12 @@ def export_aoti(
                 configs |= stack.enter_context(packaged.kept())
             except BuildError as error:
                 warnings.warn(f"the package will be slower, of standard operators: {error}", stacklevel=2)
-        program = export_program(_channels_last(model), size)
+        program = export_program(_folded(model), size)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
-def _channels_last(model: nn.Module) -> nn.Module:
-    """Folded; images may come in any memory format."""
+def _folded(model: nn.Module) -> nn.Module:
+    """In channels_last; images may come in any memory format."""
     return fold_parts(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -132,7 +132,7 @@ def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> 
         raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with torch.no_grad(), banded.wanted():
-        program = export_program(_channels_last(model), size)
+        program = export_program(_folded(model), size)
     torch.onnx.export(program, (), path, external_data=False, verbose=False, **options)
 
 

@@ -16,7 +16,7 @@ import involution
 from data import Batch
 from involution.checks import strict_json
 from involution.engine.distributed import World
-from involution.engine.evaluate import _warn_once, autocast, evaluate
+from involution.engine.evaluate import _warn_once_if_slow, autocast, evaluate
 from involution.engine.tasks.classification import Accuracy
 from involution.weights.run_file import read, write
 
@@ -161,7 +161,7 @@ def test_help_lists_groups_and_keys_with_their_comments():
 
 def test_a_type_that_the_cpu_is_slow_at_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    _warn_once.cache_clear()
+    _warn_once_if_slow.cache_clear()
     for precision in ("fp32", "bf16", "fp16") * 2:
         autocast(torch.device("cpu"), precision)
     said = [record.message.split(" may")[0] for record in caplog.records]

@@ -23,22 +23,20 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """Automatic mixed precision for fp32 (none) | bf16 | fp16."""
     dtype = PRECISIONS[precision]
-    if device.type == "cpu" and (reason := _slow_on_the_cpu(precision)):
-        _warn_once(f"precision={precision} may be slower than fp32: {reason}")
+    if device.type == "cpu":
+        _warn_once_if_slow(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def _slow_on_the_cpu(precision: str) -> str | None:
+@functools.cache  # a step asks
+def _warn_once_if_slow(precision: str) -> None:
     if precision == "fp16":
-        return "on CPUs float16 is converted to float32 and back; bf16 is the fast one where they have AVX512-BF16"
-    if precision == "bf16" and platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported():
-        return "this CPU has no instructions for bfloat16 (AVX512-BF16)"
-    return None
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    log.warning(message)
+        reason = "on CPUs float16 is converted to float32 and back; bf16 is the fast one where they have AVX512-BF16"
+    elif precision == "bf16" and platform.machine() == "x86_64" and not torch.cpu._is_avx512_bf16_supported():
+        reason = "this CPU has no instructions for bfloat16 (AVX512-BF16)"
+    else:
+        return
+    log.warning("precision=%s may be slower than fp32: %s", precision, reason)
 
 
 @torch.inference_mode()

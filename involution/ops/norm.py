@@ -89,9 +89,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(x) [+ skip]), and the coefficients (4, C) that the backward needs (a GPU's are 6); updates mean and var
     in training."""
-    if not takes(x):
+    backend: Any = backends.choose(x, x)
+    if backend is not cpu:
         options = problem.momentum, problem.eps, bool(problem.training)
-        return _on_gpu(x).norm_forward(x, weight, bias, mean, var, *options, skip)
+        return backend.norm_forward(x, weight, bias, mean, var, *options, skip)
     sums = cpu.wide(x.dtype)
     out, coefficients = torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=sums)
     weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
@@ -104,8 +105,9 @@ def forward(
 
 def remake(x: Tensor, coefficients: Tensor) -> Tensor:
     """The result of ``forward`` without a skip again, to the last bit."""
-    if not takes(x):
-        return _on_gpu(x).norm_remake(x, coefficients)
+    backend: Any = backends.choose(x, x)
+    if backend is not cpu:
+        return backend.norm_remake(x, coefficients)
     out = torch.empty_like(x)
     rows = x.numel() // x.shape[1]
     cpu.call("norm_apply", x.dtype, Norm(rows, x.shape[1], torch.get_num_threads()), x, coefficients, out)
@@ -123,19 +125,15 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of x, weight, bias and skip. out: the result where there was a skip."""
     grad = grad.contiguous(memory_format=torch.channels_last)
-    if not takes(x):
-        return _on_gpu(x).norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out)
+    backend: Any = backends.choose(x, x)
+    if backend is not cpu:
+        return backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out)
     grad_x, sums = torch.empty_like(x), coefficients.dtype
     grad_weight, grad_bias = torch.empty_like(weight, dtype=sums), torch.empty_like(bias, dtype=sums)
     grad_skip = None if out is None else torch.empty_like(x)
     tensors = grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias
     cpu.call("norm_backward", x.dtype, problem, *tensors)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_skip
-
-
-def _on_gpu(x: Tensor) -> Any:
-    """The backend with ``norm_forward``, ``norm_remake`` and ``norm_backward``."""
-    return backends.choose(x, x)
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:

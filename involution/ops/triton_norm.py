@@ -121,7 +121,7 @@ def gradients_kernel(grad, x, out, coefficients, masked, parts, rows, C, per, ch
             g = tl.where(tl.load(out + place, mask=ok, other=0.0) > 0, g, 0.0)
             tl.store(masked + place, g, mask=ok)
         sums += g
-        products += tl.where(ok, g * (values - mean[None, :]), 0.0)
+        products += g * (values - mean[None, :])  # g is 0 where nothing is
     to = parts + part * 2 * C + channel
     tl.store(to, tl.sum(sums, 0), mask=channel < C)
     tl.store(to + C, tl.sum(products, 0), mask=channel < C)

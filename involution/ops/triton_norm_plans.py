@@ -22,7 +22,7 @@ def sizes(x: Tensor) -> dict[str, Any]:
     block = min(CHANNELS, power(channels))
     return {
         "rows": x.numel() // channels, "C": channels, "chunks": ceil(channels, block), "BC": block,
-        "BR": ROWS * CHANNELS // block if x.element_size() == 2 else ROWS * CHANNELS // block // 2,
+        "BR": 2 * ROWS * CHANNELS // (block * x.element_size()),
     }  # fmt: skip
 
 

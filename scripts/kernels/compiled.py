@@ -141,8 +141,8 @@ def _trips(launch: Launch) -> list[float]:
     """How often the loops run that the compiler leaves, the outermost first."""
     a: dict[str, Any] = launch.arguments
     name = launch.kernel.__name__
-    if "BR" in a or "PP" in a:  # BatchNorm
-        return [math.ceil(a["per"] / a["BR"])] if "BR" in a and "per" in a else []
+    if "GC" not in a:  # BatchNorm: those that sum go through their rows
+        return [math.ceil(a["per"] / a["BR"])] if {"per", "BR"} <= a.keys() else []
     chunks = math.ceil(a["GC"] / a["BC"])
     chunked = [chunks] if chunks > 1 and name not in ("forward_kernel", "grad_input_kernel") else []
     if name == "grad_weight_kernel":
