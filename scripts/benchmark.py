@@ -3,7 +3,7 @@
     python scripts/benchmark.py op             the operator: stages of RedNet-50, every backend, the roofline, attention
     python scripts/benchmark.py model          RedNets against ResNets: inference, training, memory, Table 2
     python scripts/benchmark.py detection      Faster R-CNN with RedNet-50, with ResNet-50, and torchvision's own
-    python scripts/benchmark.py loop           the trainer's step against a bare loop; --peer timm: against timm's
+    python scripts/benchmark.py loop           the trainer's step against a bare loop; --peer timm | plain
     python scripts/benchmark.py data FOLDER    loaders, model, and which of the two is the bottleneck
     python scripts/benchmark.py op --out docs/benchmarks/op    also writes op.md and op.json, with the command
 

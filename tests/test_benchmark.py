@@ -82,9 +82,10 @@ def test_loop(tmp_path: Path) -> None:
     assert [row["model"] for row in tables[0]["rows"]] == ["rednet26", "semantic_fpn"]
     assert all(min(row["trainer (ms)"], row["bare loop (ms)"]) > 0 for row in tables[0]["rows"])
     assert "more than the bare loop" in output
-    output, tables = benchmark(tmp_path, "loop", "--peer", "timm")
-    row = tables[0]["rows"][0]
-    assert min(row["trainer (ms)"], row["timm's loop (ms)"], row["trainer / timm's loop"]["median"]) > 0
+    for peer, name in (("timm", "timm's loop"), ("plain", "plain loop")):
+        _, tables = benchmark(tmp_path, "loop", "--peer", peer)
+        row = tables[0]["rows"][0]
+        assert min(row["trainer (ms)"], row[f"{name} (ms)"], row[f"trainer / {name}"]["median"]) > 0
 
 
 def test_data(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 The trainer really runs `fit`. Its loader is where the two alternate: every time the trainer asks for a batch, the
 loader takes the time since its last answer, which is one step of the trainer, and then times one step of the bare loop.
 With `--peer timm` both load pictures of a folder, each with its own loader, in this process: workers of one side would
-go on in the other's turn.
+go on in the other's turn. With `--peer plain` the trainer's pictures have RandAugment, erasing and mixup, the bare
+loop's the augmentation of recipe=paper alone, each from a worker process that is ready before its side's turn comes.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import nn
 
 import data
 from benchmarks import peer_timm, timing
+from benchmarks.loaders import our_loader
 from benchmarks.machine import fill_heap
 from benchmarks.report import Report, Row
 from data import Batch
@@ -40,6 +42,7 @@ from involution.engine.trainer import Trainer
 
 WARM_UP = 3
 LR, SMOOTHING = 1e-3, 0.1
+PEERS = {"bare": "bare loop", "timm": "timm's loop", "plain": "plain loop"}
 SEGMENTOR = "semantic_fpn"  # with involutions, on RedNet-26
 
 
@@ -105,8 +108,9 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4, fused=True)
 
 
-def bare(model: nn.Module, batch: Batch, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def bare(model: nn.Module, batches: Iterator[Batch], optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     def step() -> None:
+        batch = next(batches)
         F.cross_entropy(model(batch.images), batch.targets, label_smoothing=SMOOTHING).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -172,9 +176,9 @@ def against_bare(name: str, side: int, batch_size: int, args: argparse.Namespace
         return _segmentor_against_bare(images, args)
     batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
     other = make_model(name, args.device)
-    step = bare(other, batch, make_optimizer(other))
+    step = bare(other, itertools.repeat(batch), make_optimizer(other))
     samples = fit(make_model(name, args.device), itertools.repeat(batch), step, batch_size, args)
-    return _row(name, side, batch_size, samples, "bare loop")
+    return _row(name, side, batch_size, samples, PEERS["bare"])
 
 
 def _segmentor_against_bare(images: torch.Tensor, args: argparse.Namespace) -> Row:
@@ -185,7 +189,7 @@ def _segmentor_against_bare(images: torch.Tensor, args: argparse.Namespace) -> R
     model, other = (make_model(SEGMENTOR, args.device, classes) for _ in range(2))
     step = bare_segmentation(other, batch, make_optimizer(other))
     samples = fit(model, itertools.repeat(batch), step, size, args, Segmentation(), val)
-    return _row(SEGMENTOR, side, size, samples, "bare loop")
+    return _row(SEGMENTOR, side, size, samples, PEERS["bare"])
 
 
 def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
@@ -201,7 +205,19 @@ def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace
     )  # fmt: skip
     samples = fit(model, iter(loader), theirs, batch_size, args)
     loader.close()
-    return _row(name, side, batch_size, samples, "timm's loop")
+    return _row(name, side, batch_size, samples, PEERS["timm"])
+
+
+def against_plain(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
+    root = args.root or str(demo_root())
+    (strong, close), (plain, close_plain) = (
+        our_loader(root, "torch", batch_size, side, 1, args.device, strong=strong) for strong in (True, False)
+    )
+    model, other = (make_model(name, args.device) for _ in range(2))
+    samples = fit(model, strong, bare(other, plain, make_optimizer(other)), batch_size, args)
+    close()
+    close_plain()
+    return _row(name, side, batch_size, samples, PEERS["plain"])
 
 
 def _row(name: str, side: int, batch_size: int, samples: timing.Samples, peer: str) -> Row:
@@ -215,20 +231,25 @@ def _row(name: str, side: int, batch_size: int, samples: timing.Samples, peer: s
 def run(args: argparse.Namespace, report: Report) -> None:
     logging.getLogger("involution").setLevel(logging.ERROR)  # it would complain about the loader
     fill_heap(0.1 if args.quick else 2)
-    measure, peer = (against_timm, "timm's loop") if args.peer == "timm" else (against_bare, "bare loop")
+    measure = {"bare": against_bare, "timm": against_timm, "plain": against_plain}[args.peer]
+    peer = PEERS[args.peer]
     rows = []
-    quick = ["rednet26:32:2"] if args.peer == "timm" else ["rednet26:32:2", f"{SEGMENTOR}:32:2"]
+    quick = ["rednet26:32:2", f"{SEGMENTOR}:32:2"] if args.peer == "bare" else ["rednet26:32:2"]
     for setup in quick if args.quick else args.setup:
         name, side, batch_size = setup.split(":")
         rows.append(measure(name, int(side), int(batch_size), args))
     what = "Forward, backward, SGD with momentum, label smoothing; "
-    what += "loading included, by the torch loader and timm's." if args.peer == "timm" else "synthetic images."
+    what += {
+        "bare": "synthetic images.", "timm": "loading included, by the torch loader and timm's.",
+        "plain": "loading included, by the torch loader with a worker a side: the trainer's pictures with RandAugment, "
+        "erasing and mixup, the bare loop's without.",
+    }[args.peer]  # fmt: skip
     report.table("A training step", rows, what)
     ratios = [row[f"trainer / {peer}"].median for row in rows]
     if args.peer == "timm":
         report.verdict(f"The trainer's step takes at most {max(ratios):.2f} of the time of timm's.")
     else:
-        report.verdict(f"The trainer takes at most {100 * (max(ratios) - 1):.1f} % more than the bare loop.")
+        report.verdict(f"The trainer takes at most {100 * (max(ratios) - 1):.1f} % more than the {peer}.")
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -241,6 +262,8 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
         help="default rednet26:64:16 (a short step, where overhead shows) rednet50:224:8; for segmentation "
         f"{SEGMENTOR}:64:4 (with involutions, on RedNet-26); timm/NAME for one of timm's",
     )  # fmt: skip
-    parser.add_argument("--peer", choices=("bare", "timm"), default="bare", help="the other side (default bare)")
-    parser.add_argument("--root", help="--peer timm: train/<class>/ and val/<class>/ are in it (default: the demo set)")
+    parser.add_argument("--peer", choices=PEERS, default="bare", help="the other side (default bare)")
+    parser.add_argument(
+        "--root", help="--peer timm, plain: train/<class>/ and val/<class>/ are in it (default: the demo set)"
+    )
     parser.set_defaults(run=run, title="The cost of the training loop", repeats=25)
