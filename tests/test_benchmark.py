@@ -81,7 +81,7 @@ def test_loop(tmp_path: Path) -> None:
     output, tables = benchmark(tmp_path, "loop")
     assert [row["model"] for row in tables[0]["rows"]] == ["rednet26", "semantic_fpn"]
     assert all(min(row["trainer (ms)"], row["bare loop (ms)"]) > 0 for row in tables[0]["rows"])
-    assert "more than the bare loop" in output
+    assert "trainer / bare loop: at most" in output
     for peer, name in (("timm", "timm's loop"), ("plain", "plain loop")):
         _, tables = benchmark(tmp_path, "loop", "--peer", peer)
         row = tables[0]["rows"][0]

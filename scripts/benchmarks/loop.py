@@ -246,10 +246,7 @@ def run(args: argparse.Namespace, report: Report) -> None:
     }[args.peer]  # fmt: skip
     report.table("A training step", rows, what)
     ratios = [row[f"trainer / {peer}"].median for row in rows]
-    if args.peer == "timm":
-        report.verdict(f"The trainer's step takes at most {max(ratios):.2f} of the time of timm's.")
-    else:
-        report.verdict(f"The trainer takes at most {100 * (max(ratios) - 1):.1f} % more than the {peer}.")
+    report.verdict(f"Time of the trainer / {peer}: at most {max(ratios):.2f}.")
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
