@@ -1,10 +1,13 @@
 """Which device a rank takes, and what it says when that is not the GPU that the machine has."""
 
 import logging
+import platform
 from pathlib import Path
 
 import pytest
 import torch
+
+from programs import python
 
 from involution.engine import device
 from involution.engine.errors import UserError
@@ -54,3 +57,25 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert device.choose_device("auto", 3, 4) == torch.device("cuda", 0)
     gpus(4, monkeypatch)
     assert device.choose_device("auto", 3, 4) == torch.device("cuda", 3)
+
+
+FAULTS = """
+import resource, torch
+from involution.engine.device import keep_freed_memory
+kept = keep_freed_memory()
+for step in range(12):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    large, larger = torch.ones(1 << 22), torch.ones(1 << 24)
+    del large, larger
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_not_faulted_in_again() -> None:
+    kept, faults = python("-c", FAULTS).stdout.split()
+    assert kept == "True"
+    assert int(faults) < 100_000  # 80 MiB ten times have 204800 pages; a heap that grows once more faults them in once
+    kept, faults = python("-c", FAULTS, MALLOC_ARENA_MAX="2").stdout.split()
+    assert kept == "False"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from involution.engine.device import choose_device
+from involution.engine.device import choose_device, keep_freed_memory
 from involution.engine.peers import Peers
 
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
@@ -45,6 +45,8 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     chosen = choose_device(device, local_rank, size)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    else:
+        keep_freed_memory()
     # the watch over the ranks comes first and names who is missing; the collectives' own time-outs are its safety net
     timeout = datetime.timedelta(minutes=timeout_minutes, seconds=30)
     if size > 1:
