@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from programs import python
 
 from involution.engine import device
