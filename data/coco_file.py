@@ -48,7 +48,7 @@ def open_coco(root: str | os.PathLike[str] | None, layouts: Sequence[tuple[str, 
         raise ValueError(f"{str(base)!r} has no training image of 32 pixels or more with an object in it")
     small, crowd = int((train.degenerate() & ~train.crowd).sum()), int(train.crowd.sum())
     log.info(
-        "training on %d of %d images with %d objects; left out: %d images without objects or under 32 pixels, "
+        "%d of %d training images, with %d objects, are for learning; left out: %d without objects or under 32 pixels, "
         "%d boxes under a pixel, %d crowds",
         len(learnable), len(train), len(train.labels) - small - crowd, len(train) - len(learnable), small, crowd,
     )  # fmt: skip

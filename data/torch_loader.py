@@ -4,8 +4,11 @@ Shapes: b images a batch, S pixels a side.
 """
 
 import gc
+import logging
+import os
 import signal
 from collections.abc import Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,7 @@ from data.loader import Loaded, Settings, arrange
 from data.sampling import MicroBatch
 from data.transforms import cut
 
+log = logging.getLogger("involution.data")
 PREFETCH = 4  # batches a worker keeps ready
 
 
@@ -67,14 +71,25 @@ def _outlive_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
+@cache
+def at_most_cores(workers: int) -> int:
+    """`workers`, but no more than this process has cores, which it says once: more would only take turns."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if workers > cores:
+        log.info("data.workers=%d: %d, as many as there are cores", workers, cores)
+    return min(workers, cores)
+
+
 class TorchBackend:
     """See data.loader.Backend.
 
     Args:
         pictures: maps a MicroBatch to what the worker processes hand out.
+        workers: processes, or as many as there are cores.
     """
 
     def __init__(self, pictures: Dataset[Any], workers: int, device: torch.device) -> None:
+        workers = at_most_cores(workers)
         self._requests = _Requests()
         self._device = device
         self._loader = DataLoader(

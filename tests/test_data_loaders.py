@@ -14,6 +14,7 @@ import data
 from data import policies, sampling
 from data.folder import list_folder
 from data.image_list import ImageList
+from data.torch_loader import at_most_cores
 
 HAS_DALI = data.dali_installed()
 LOADERS = [
@@ -408,3 +409,10 @@ def test_no_process_or_thread_survives_close(digits: ImageList):
     workers = [worker.pid for worker in one.backend._loader._iterator._workers]
     one.close()
     assert not any(os.path.exists(f"/proc/{pid}") for pid in workers)
+
+
+def test_no_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    with caplog.at_level("INFO", "involution.data"):
+        assert [at_most_cores(n) for n in (0, 3, 40, 40)] == [0, 3, 3, 3]
+    assert caplog.text.count("data.workers=40") == 1
