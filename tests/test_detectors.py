@@ -211,6 +211,7 @@ def test_masks_are_cut_and_pasted_back():
         ({"name": "mask_rcnn", "pyramid_width": 40}, "multiple of the 16"),
         ({"name": "retinanet", "normalizer": "mean"}, "normalizer is 'mean'"),
         ({"name": "retinanet", "anchor_scale": 0}, "anchor_scale is 0"),
+        ({"name": "retinanet", "stacked_convs": 5}, "stacked_convs is 5"),
     ],
 )
 def test_wrong_options(options, message):

@@ -43,7 +43,7 @@ ROWS = {
 def test_names_there_and_back(row, names):
     name, backbone, neck, head = row
     options = {"backbone": {"name": backbone}, "neck": neck} | ({"head": head} if head else {})
-    options |= {"head_norm": neck == "convolution"} if name == "retinanet" else {}
+    options |= {"head_norm": neck == "convolution", "stacked_convs": 4 if neck == "involution" else 2} if name == "retinanet" else {}
     with torch.device("meta"):
         model = create_model(name, num_classes=7, **options)
     state = model.state_dict()

@@ -116,7 +116,7 @@ class RetinaNet(Detector):
     """RetinaNet; with RedNet-50 27.8 M trainable parameters and 38.3 AP in the paper.
 
     Args:
-        normalizer, head_norm, anchor_scale: see ``Retina``.
+        normalizer, head_norm, anchor_scale, stacked_convs: see ``Retina``.
     """
 
     extra, first = "convolution", 1
@@ -138,12 +138,15 @@ class RetinaNet(Detector):
         normalizer: str = "batch",
         head_norm: bool = False,
         anchor_scale: float = 4.0,
+        stacked_convs: int = 4,
     ) -> None:
         if head == "involution":
             raise ValueError('head is "involution"; RetinaNet\'s head has convolutions alone: head="convolution"')
         sizes = (min_size, max_size, image_mean, image_std)
         super().__init__(num_classes, backbone, neck, head, plugin, *sizes, pyramid_width)
-        self.retina = Retina(num_classes, pyramid_width, box_loss_beta, normalizer, head_norm, anchor_scale)
+        self.retina = Retina(
+            num_classes, pyramid_width, box_loss_beta, normalizer, head_norm, anchor_scale, stacked_convs
+        )
 
     def losses(self, levels: list[Tensor], images: Images, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return self.retina.losses(levels, targets)

@@ -27,6 +27,7 @@ class Retina(nn.Module):
         head_norm: GroupNorm after each convolution of the two towers, for training from nothing (He et al., ICCV 2019);
             the paper's have none, and begin with a pre-trained backbone.
         anchor_scale: side of a level's smallest anchor, in strides of the level (the paper: 32 pixels at stride 8).
+        stacked_convs: 3 x 3 convolutions of a tower, 1 to 4.
     """
 
     def __init__(
@@ -37,10 +38,13 @@ class Retina(nn.Module):
         normalizer: str = "batch",
         head_norm: bool = False,
         anchor_scale: float = 4.0,
+        stacked_convs: int = 4,
     ) -> None:
         super().__init__()
         if not 0 < anchor_scale < float("inf"):
             raise ValueError(f"anchor_scale is {anchor_scale!r}; it should be greater than 0, and finite")
+        if stacked_convs not in (1, 2, 3, 4):
+            raise ValueError(f"stacked_convs is {stacked_convs!r}; it should be 1, 2, 3 or 4")
         if normalizer not in ("batch", "image"):
             raise ValueError(f'normalizer is {normalizer!r}; it should be "batch" or "image"')
         self.box_loss_beta, self.normalizer = box_loss_beta, normalizer
@@ -49,8 +53,11 @@ class Retina(nn.Module):
         )
         norm = partial(nn.GroupNorm, GROUPS) if head_norm else None
         self.head = RetinaNetHead(width, self.anchors.per_pixel, num_classes, norm)
+        towers = self.head.classification_head.conv, self.head.regression_head.conv
         with torch.no_grad():  # four of these in a row let little through: from fewer channels as much as from 256
-            for layer in (*self.head.classification_head.conv, *self.head.regression_head.conv):
+            for tower in towers:
+                del tower[stacked_convs:]
+            for layer in (*towers[0], *towers[1]):
                 layer[0].weight *= (CHANNELS / width) ** 0.5
         self.matcher = LowQualityMatcher(0.5, 0.4, lowest=0)
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))

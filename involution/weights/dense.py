@@ -92,6 +92,7 @@ def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
         anchors = len(state["bbox_head.retina_reg.weight"]) // 4
         found["num_classes"] = len(state["bbox_head.retina_cls.weight"]) // anchors
         found["head_norm"] = "bbox_head.cls_convs.0.gn.weight" in state
+        found["stacked_convs"] = sum(f"bbox_head.cls_convs.{i}.conv.weight" in state for i in range(4))
     else:
         found["num_classes"] = len(state["decode_head.conv_seg.weight"])
     return found
