@@ -3,6 +3,7 @@
 import os
 import pickle
 import random
+import threading
 
 import pytest
 import torch
@@ -99,6 +100,16 @@ def test_what_training_does_after_save_does_not_reach_the_file(tmp_path):
     mutable["model"]["w"].zero_()
     folder.wait()
     assert digest(read(tmp_path / "last.pt")) == digest(state(1))
+
+
+def test_the_writing_thread_ends_with_the_file(tmp_path):
+    """One that stays keeps an OpenMP team of its own, and libgomp then lets those of training sleep."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1), 1)
+    (writer,) = (thread for thread in threading.enumerate() if thread.name.startswith("checkpoint"))
+    folder.wait()
+    writer.join(10)
+    assert not writer.is_alive()
 
 
 def test_weights_of_another_model_name_the_keys():
