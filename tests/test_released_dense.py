@@ -43,7 +43,7 @@ ROWS = {
 def test_names_there_and_back(row, names):
     name, backbone, neck, head = row
     options = {"backbone": {"name": backbone}, "neck": neck} | ({"head": head} if head else {})
-    options |= {"head_norm": neck == "convolution", "stacked_convs": 4 if neck == "involution" else 2} if name == "retinanet" else {}
+    options |= {"head_norm": neck == "convolution"} if name == "retinanet" else {}
     with torch.device("meta"):
         model = create_model(name, num_classes=7, **options)
     state = model.state_dict()
@@ -59,6 +59,14 @@ def test_names_there_and_back(row, names):
     assert (told["name"], told["num_classes"], told["neck"], told.get("head")) == (name, 7, neck, head)
     with torch.device("meta"):
         assert create_model(**told).state_dict().keys() == state.keys()
+
+
+def test_a_file_says_how_many_convolutions_retinanet_s_towers_have():
+    with torch.device("meta"):
+        state = create_model("retinanet", num_classes=7, backbone="rednet26", stacked_convs=2).state_dict()
+        told = dense.describe(dense.to_released(state))
+        assert create_model(**told).state_dict().keys() == state.keys()
+    assert told["stacked_convs"] == 2
 
 
 def test_a_released_detector_with_its_background_last(tmp_path):
