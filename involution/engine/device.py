@@ -11,7 +11,7 @@ import torch
 from involution.engine.errors import UserError
 
 log = logging.getLogger("involution")
-MALLOC = {-1: -1, -2: 1 << 26, -3: (1 << 31) - 1}  # glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
+MALLOC = {-1: -1, -2: 1 << 26, -4: 0}  # glibc's malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
 DRIVER = ("/proc/driver/nvidia/version", "/dev/nvidiactl")  # where NVIDIA's driver shows
 
 
