@@ -52,6 +52,13 @@ def test_model(tmp_path: Path) -> None:
     assert row["best ResNet / best RedNet"]["median"] > 0
 
 
+def test_a_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    _, tables = benchmark(tmp_path, "model", "--runtime", "onnx")
+    row = tables[0]["rows"][0]
+    assert min(row["ResNet (ms)"], row["RedNet (ms)"], row["ResNet / RedNet"]["median"]) > 0
+
+
 def test_table_2_is_the_papers_with_ours_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend("scripts")
     from benchmarks.report import Report
