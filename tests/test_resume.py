@@ -137,6 +137,7 @@ def test_a_second_interrupt_stops_at_once(images, tmp_path):
     overrides = ["train.batch_size=2", "train.global_batch_size=44", "data.loader=torch"]
     process = start(command(tmp_path / "run", images, *overrides, "train.epochs=100"))
     wait_until(lambda: "step 1/" in _log(tmp_path / "run"), process)
+    time.sleep(0.5)  # well into the second step: at the end of the first it would save, and be gone
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "finishing the step" in _log(tmp_path / "run"), process)
     process.send_signal(signal.SIGINT)
