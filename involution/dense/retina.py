@@ -57,8 +57,8 @@ class Retina(nn.Module):
         with torch.no_grad():  # four of these in a row let little through: from fewer channels as much as from 256
             for tower in towers:
                 del tower[stacked_convs:]
-            for layer in (*towers[0], *towers[1]):
-                layer[0].weight *= (CHANNELS / width) ** 0.5
+                for layer in tower:
+                    layer[0].weight *= (CHANNELS / width) ** 0.5
         self.matcher = LowQualityMatcher(0.5, 0.4, lowest=0)
         self.box_coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
 

@@ -13,7 +13,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ from involution.engine.trainer import Trainer
 
 WARM_UP = 3
 LR, SMOOTHING = 1e-3, 0.1
-PEERS = {"bare": "bare loop", "timm": "timm's loop", "plain": "plain loop"}
 SEGMENTOR = "semantic_fpn"  # with involutions, on RedNet-26
 
 
@@ -170,83 +169,91 @@ def _block_and_steps(args: argparse.Namespace) -> tuple[int, int]:
     return block, (WARM_UP + args.repeats) * block + 1
 
 
-def against_bare(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
+def against_bare(name: str, side: int, batch_size: int, args: argparse.Namespace) -> timing.Samples:
     images = torch.randn(batch_size, 3, side, side, device=args.device).contiguous(memory_format=torch.channels_last)
     if name == SEGMENTOR:
         return _segmentor_against_bare(images, args)
     batch = Batch(images, torch.randint(100, (batch_size,), device=args.device), batch_size)
     other = make_model(name, args.device)
     step = bare(other, itertools.repeat(batch), make_optimizer(other))
-    samples = fit(make_model(name, args.device), itertools.repeat(batch), step, batch_size, args)
-    return _row(name, side, batch_size, samples, PEERS["bare"])
+    return fit(make_model(name, args.device), itertools.repeat(batch), step, batch_size, args)
 
 
-def _segmentor_against_bare(images: torch.Tensor, args: argparse.Namespace) -> Row:
+def _segmentor_against_bare(images: torch.Tensor, args: argparse.Namespace) -> timing.Samples:
     size, side, classes = len(images), images.shape[2], 19
     masks = torch.randint(classes, (size, side, side), device=args.device, dtype=torch.uint8)
     batch = SegmentationBatch(images, masks, np.arange(size), size)
     val = SegmentationBatch([images[:1]], [masks[0]], np.arange(1), 1)
     model, other = (make_model(SEGMENTOR, args.device, classes) for _ in range(2))
     step = bare_segmentation(other, batch, make_optimizer(other))
-    samples = fit(model, itertools.repeat(batch), step, size, args, Segmentation(), val)
-    return _row(SEGMENTOR, side, size, samples, PEERS["bare"])
+    return fit(model, itertools.repeat(batch), step, size, args, Segmentation(), val)
 
 
-def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
-    images = data.open_dataset("folder" if args.root else "demo", args.root).train
-    loader = data.train_loader(
-        images, batch_size=batch_size, global_batch_size=batch_size, seed=0, train_size=side, loader="torch", workers=0,
+def _pictures(args: argparse.Namespace) -> tuple[str, int]:
+    """The folder with train/ and val/, and the number of its classes."""
+    root = args.root or str(demo_root())
+    return root, len(data.open_dataset("folder", root).train.class_names)
+
+
+def against_timm(name: str, side: int, batch_size: int, args: argparse.Namespace) -> timing.Samples:
+    root, classes = _pictures(args)
+    batches, close = our_loader(root, "torch", batch_size, side, 0, args.device)
+    model, other = (make_model(name, args.device, classes) for _ in range(2))
+    theirs = peer_timm.loop(
+        other, root, side=side, batch_size=batch_size, lr=LR, smoothing=SMOOTHING, updates=_block_and_steps(args)[1],
         device=args.device,
     )  # fmt: skip
-    model, other = (make_model(name, args.device, len(images.class_names)) for _ in range(2))
-    theirs = peer_timm.loop(
-        other, args.root or str(demo_root()), side=side, batch_size=batch_size, lr=LR, smoothing=SMOOTHING,
-        updates=_block_and_steps(args)[1], device=args.device,
-    )  # fmt: skip
-    samples = fit(model, iter(loader), theirs, batch_size, args)
-    loader.close()
-    return _row(name, side, batch_size, samples, PEERS["timm"])
+    samples = fit(model, batches, theirs, batch_size, args)
+    close()
+    return samples
 
 
-def against_plain(name: str, side: int, batch_size: int, args: argparse.Namespace) -> Row:
-    root = args.root or str(demo_root())
+def against_plain(name: str, side: int, batch_size: int, args: argparse.Namespace) -> timing.Samples:
+    root, classes = _pictures(args)
     (strong, close), (plain, close_plain) = (
         our_loader(root, "torch", batch_size, side, 1, args.device, strong=strong) for strong in (True, False)
     )
-    model, other = (make_model(name, args.device) for _ in range(2))
+    model, other = (make_model(name, args.device, classes) for _ in range(2))
     samples = fit(model, strong, bare(other, plain, make_optimizer(other)), batch_size, args)
     close()
     close_plain()
-    return _row(name, side, batch_size, samples, PEERS["plain"])
+    return samples
 
 
-def _row(name: str, side: int, batch_size: int, samples: timing.Samples, peer: str) -> Row:
-    return {
-        "model": name, "images": f"{batch_size} x {side} x {side}",
-        "trainer (ms)": timing.ms(samples, "trainer"), f"{peer} (ms)": timing.ms(samples, "peer"),
-        f"trainer / {peer}": timing.ratio(samples, "trainer", "peer"),
-    }  # fmt: skip
+class Peer(NamedTuple):
+    name: str
+    measure: Callable[[str, int, int, argparse.Namespace], timing.Samples]
+    images: str
+
+
+PEERS = {
+    "bare": Peer("bare loop", against_bare, "synthetic images."),
+    "timm": Peer("timm's loop", against_timm, "loading included, by the torch loader and timm's."),
+    "plain": Peer(
+        "plain loop", against_plain, "loading included, by the torch loader with a worker a side: the trainer's "
+        "pictures with RandAugment, erasing and mixup, the plain loop's without.",
+    ),
+}  # fmt: skip
 
 
 def run(args: argparse.Namespace, report: Report) -> None:
     logging.getLogger("involution").setLevel(logging.ERROR)  # it would complain about the loader
     fill_heap(0.1 if args.quick else 2)
-    measure = {"bare": against_bare, "timm": against_timm, "plain": against_plain}[args.peer]
     peer = PEERS[args.peer]
-    rows = []
+    rows: list[Row] = []
     quick = ["rednet26:32:2", f"{SEGMENTOR}:32:2"] if args.peer == "bare" else ["rednet26:32:2"]
     for setup in quick if args.quick else args.setup:
         name, side, batch_size = setup.split(":")
-        rows.append(measure(name, int(side), int(batch_size), args))
-    what = "Forward, backward, SGD with momentum, label smoothing; "
-    what += {
-        "bare": "synthetic images.", "timm": "loading included, by the torch loader and timm's.",
-        "plain": "loading included, by the torch loader with a worker a side: the trainer's pictures with RandAugment, "
-        "erasing and mixup, the bare loop's without.",
-    }[args.peer]  # fmt: skip
+        samples = peer.measure(name, int(side), int(batch_size), args)
+        rows.append({
+            "model": name, "images": f"{batch_size} x {side} x {side}",
+            "trainer (ms)": timing.ms(samples, "trainer"), f"{peer.name} (ms)": timing.ms(samples, "peer"),
+            f"trainer / {peer.name}": timing.ratio(samples, "trainer", "peer"),
+        })  # fmt: skip
+    what = f"Forward, backward, SGD with momentum, label smoothing; {peer.images}"
     report.table("A training step", rows, what)
-    ratios = [row[f"trainer / {peer}"].median for row in rows]
-    report.verdict(f"Time of the trainer / {peer}: at most {max(ratios):.2f}.")
+    ratios = [row[f"trainer / {peer.name}"].median for row in rows]
+    report.verdict(f"Time of the trainer / {peer.name}: at most {max(ratios):.2f}.")
 
 
 def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
