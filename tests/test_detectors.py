@@ -10,7 +10,7 @@ from involution.dense.anchors import Anchors, LowQualityMatcher
 from involution.dense.images import Preparation
 from involution.dense.masks import mask_targets, paste_masks
 from involution.dense.proposals import SIZES, STRIDES
-from involution.dense.regions import RoIAlign
+from involution.dense.roi_align import RoIAlign
 
 CONVOLUTION, INVOLUTION = {"neck": "convolution"}, {"neck": "involution", "head": "involution"}
 
@@ -126,6 +126,29 @@ def test_regions_are_pooled_at_the_strides_of_their_levels_for_any_image():
         assert torch.equal(got, wanted[0])
     theirs = MultiScaleRoIAlign(list(levels), 7, 2)(levels, [boxes], [(512, 512)])
     assert torch.equal(RoIAlign(7, aligned=False, samples=2)(levels, [boxes]), theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "n"), [(20, 30), (2, 30), (20, 0)])
+def test_regions_and_their_gradients_are_the_same_bits_on_all_cores(dtype, channels, n):
+    torch.manual_seed(0)
+    levels = {f"P{i}": torch.randn(2, channels, 128 >> i, 192 >> i, dtype=dtype) for i in range(2, 6)}
+    corners = torch.rand(2, n, 2) * 120
+    boxes = list(torch.cat([corners, corners + torch.rand(2, n, 2) ** 3 * 400], 2))
+
+    def results(threads):
+        torch.set_num_threads(threads)
+        inputs = {name: x.to(memory_format=torch.channels_last).requires_grad_() for name, x in levels.items()}
+        pooled = RoIAlign(7)(inputs, boxes)
+        assert pooled.dtype == dtype
+        assert torch.get_num_threads() == threads
+        return pooled.detach(), *torch.autograd.grad(pooled.square().sum(), list(inputs.values()))
+
+    wanted = results(1)
+    for found in results(3), results(2):
+        assert all(map(torch.equal, found, wanted))
+    with torch.inference_mode():
+        assert torch.equal(RoIAlign(7)(levels, boxes), wanted[0])
 
 
 def test_low_quality_matches_need_an_overlap():

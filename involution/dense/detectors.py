@@ -1,6 +1,7 @@
 """RetinaNet, Faster R-CNN and Mask R-CNN as trained for Tables 3 and 7, on torchvision's parts.
 
-What torchvision does otherwise is changed: see ``anchors.py``, ``proposals.py``, ``regions.py`` and ``retina.py``.
+What torchvision does otherwise is changed: see ``anchors.py``, ``proposals.py``, ``regions.py``, ``roi_align.py`` and
+``retina.py``.
 """
 
 from collections.abc import Mapping, Sequence

@@ -12,46 +12,14 @@ from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import roi_align
-from torchvision.ops.poolers import LevelMapper
 
 from involution.dense.anchors import LowQualityMatcher
-from involution.dense.backbone import STRIDES
 from involution.dense.masks import mask_targets, zero_loss
 from involution.dense.proposals import init_kaiming
 from involution.dense.pyramid import CHANNELS, spatial_layer
+from involution.dense.roi_align import RoIAlign
 
 BOX, MASK = 7, 14  # pixels a side that are pooled for a box and for its mask
-
-
-class RoIAlign(nn.Module):
-    """Pools boxes from the level of their size; by default half-pixel aligned, as many samples as a box has pixels.
-
-    The levels' strides are fixed; torchvision infers them from its first images and keeps them, wrong ones for small
-    images.
-
-    Args:
-        size: of what comes out, in pixels.
-        samples: of a pixel that comes out, along a side; 0: as many as there are pixels below it.
-    """
-
-    def __init__(self, size: int, aligned: bool = True, samples: int = 0) -> None:
-        super().__init__()
-        self.size, self.aligned, self.samples = size, aligned, samples
-        self.level_of = LevelMapper(2, 5)
-
-    def forward(self, features: Mapping[str, Tensor], boxes: list[Tensor]) -> Tensor:
-        """Levels P2, P3, ... by name, and for each image its boxes (N_i, 4) -> (sum of N_i, C, size, size)."""
-        levels = list(features.values())
-        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])
-        level = self.level_of(boxes)
-        pooled = levels[0].new_zeros(len(rois), levels[0].shape[1], self.size, self.size)
-        for i, stride in enumerate(STRIDES):
-            here = torch.where(level == i)[0]
-            size = (self.size, self.size)
-            cut = roi_align(levels[i], rois[here], size, 1 / stride, self.samples, aligned=self.aligned)
-            pooled = pooled.index_put((here,), cut.to(pooled.dtype))
-        return pooled
 
 
 class Regions(RoIHeads):
