@@ -54,11 +54,10 @@ def detectors(args: argparse.Namespace) -> dict[str, nn.Module]:
 
     low, high = (64, 96) if args.quick else (800, 1333)
     size: dict[str, Any] = {"min_size": low, "max_size": high}
-    ours: dict[str, Any] = size | {"roi_samples": args.roi_samples}
     torch.manual_seed(0)
     models: dict[str, nn.Module] = {
-        REDNET: create_model("faster_rcnn", backbone="rednet50", neck="involution", head="involution", **ours),
-        RESNET: create_model("faster_rcnn", backbone="resnet50", **ours),
+        REDNET: create_model("faster_rcnn", backbone="rednet50", neck="involution", head="involution", **size),
+        RESNET: create_model("faster_rcnn", backbone="resnet50", **size),
         # what fasterrcnn_resnet50_fpn makes of pre-trained weights; without them it would train every layer
         TORCHVISION: FasterRCNN(
             resnet_fpn_backbone(backbone_name="resnet50", weights=None, trainable_layers=3), 81, **size
@@ -170,8 +169,4 @@ def add_command(commands: Any, common: argparse.ArgumentParser) -> None:
     parser = commands.add_parser("detection", parents=[common], help="the detectors", description=__doc__)
     parser.add_argument("--coco", type=Path, metavar="FOLDER", help="with val2017/ and annotations/ (default: noise)")
     parser.add_argument("--images", type=int, default=2, help="of a step and of a round of inference (default 2)")
-    parser.add_argument(
-        "--roi-samples", type=int, default=0, help="of our RoIAlign along a bin's side; torchvision's detector has 2 "
-        "(default 0, the paper's: as many as the bin has pixels)",
-    )  # fmt: skip
     parser.set_defaults(run=run, title="Detectors")
