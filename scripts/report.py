@@ -3,11 +3,13 @@
     python scripts/report.py runs/study                                  every run below it, as Markdown
     python scripts/report.py runs/study --format latex --out table.tex   (booktabs); also csv
     python scripts/report.py --compare RUN_A RUN_B                       McNemar's test on the same images
+    python scripts/report.py --compare runs/rednet26 runs/resnet26       the same, seed by seed, and all seeds together
 
 Runs of detectors and segmentors make a table in the form of the paper's Table 3 (dense_report.py), others this one:
 Top-1 is that of the last epoch. "To default" is the difference to the same model (for a ResNet the RedNet of its depth)
 and stem with nothing else changed. The paper's figures (docs/paper) and the difference to them are for ImageNet.
---compare takes what `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, or folders with a predictions.csv.
+--compare takes what `eval.py checkpoint=RUN predictions=RUN/predictions.csv` writes, folders with a predictions.csv, or
+folders of such folders, paired in the order of their names.
 """
 
 import argparse
@@ -110,16 +112,26 @@ def _in_latex(cell: str) -> str:
     )
 
 
-def read_predictions(path: Path) -> dict[str, bool]:
+def find_predictions(place: Path) -> list[Path]:
+    """The file itself, the folder's predictions.csv, or all that lie below it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    file = place / "predictions.csv" if place.is_dir() else place
+    files = [file] if file.is_file() else sorted(place.rglob("predictions.csv"))
+    if not files:
+        command = f"""python eval.py "checkpoint='{place}'" "predictions='{file}'\""""
+        raise ValueError(f"{file} does not exist; write it with: {command}")
+    return files
+
+
+def read_predictions(file: Path) -> dict[str, bool]:
     """{image: whether the model was right}.
 
     Raises:
-        ValueError: there is no such file, or eval.py did not write it.
+        ValueError: eval.py did not write it.
     """
-    file = path / "predictions.csv" if path.is_dir() else path
-    if not file.is_file():
-        command = f"""python eval.py "checkpoint='{path}'" "predictions='{file}'\""""
-        raise ValueError(f"{file} does not exist; write it with: {command}")
     with open(file, newline="", encoding="utf-8", errors="surrogateescape") as opened:
         rows = csv.DictReader(opened)
         if not {"path", "correct"} <= set(rows.fieldnames or ()):
@@ -128,12 +140,33 @@ def read_predictions(path: Path) -> dict[str, bool]:
 
 
 def compare(a: Path, b: Path) -> str:
+    """McNemar's exact test of each pair of runs, and with several pairs the mean difference and how sure it is.
+
+    Raises:
+        ValueError: predictions are missing, about different images, or not as many of the one as of the other.
+    """
+    files = [find_predictions(place) for place in (a, b)]
+    if len(files[0]) != len(files[1]):
+        raise ValueError(f"{a} has {len(files[0])} runs with predictions and {b} {len(files[1])}; pairs need as many")
+    first, second = ([read_predictions(file) for file in found] for found in files)
+    images = list(first[0])
+    if any(found.keys() != first[0].keys() for found in first + second):
+        raise ValueError(f"{a} and {b} are about different images; evaluate both on the same data set")
+    lines = [compare_two(x, y) for x, y in zip(first, second, strict=True)]
+    if len(lines) > 1:
+        runs = [100 * (sum(y.values()) - sum(x.values())) / len(images) for x, y in zip(first, second, strict=True)]
+        each = [100 * mean(y[i] - x[i] for x, y in zip(first, second, strict=True)) for i in images]
+        low, high = interval(runs)
+        lines.append(f"B - A, {len(runs)} pairs of runs: {mean(runs):+.2f} points, 95 % [{low:+.2f}, {high:+.2f}] (t)")
+        low, high = interval(each)
+        lines.append(f"the same runs, other images like these: 95 % [{low:+.2f}, {high:+.2f}]")
+    return "\n".join(lines)
+
+
+def compare_two(first: dict[str, bool], second: dict[str, bool]) -> str:
     """McNemar's exact test: do the two models differ more than chance among the images that one alone gets right?"""
     from scipy.stats import binomtest
 
-    first, second = read_predictions(a), read_predictions(b)
-    if first.keys() != second.keys():
-        raise ValueError(f"{a} and {b} are about different images; evaluate both on the same data set")
     only_a = sum(first[i] and not second[i] for i in first)
     only_b = sum(second[i] and not first[i] for i in first)
     p = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
@@ -142,6 +175,14 @@ def compare(a: Path, b: Path) -> str:
         f"A {share[0]:.2f} %, B {share[1]:.2f} % of {len(first)} images; right in A alone {only_a}, "
         f"in B alone {only_b}; McNemar, exact: p = {p:.3g}"
     )
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Where the mean lies with 95 % confidence, by Student's t."""
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+    return mean(values) - half, mean(values) + half
 
 
 def main() -> None:

@@ -3,12 +3,13 @@
 import csv
 import json
 import platform
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from models_common import fitted
-from programs import in_process
+from programs import in_process, start
 from reliability import write_images
 from torch import nn
 
@@ -157,6 +158,13 @@ def test_help_lists_groups_and_keys_with_their_comments():
     evaluation = in_process("eval.py", "-h").stdout
     assert "class_map=null" in evaluation
     assert "a file, or a run's folder" in evaluation
+
+
+def test_nobody_reads_what_is_printed():
+    """As in `train.py --help | head -1`."""
+    process = start([sys.executable, "train.py", "--help"])
+    process.stdout.close()
+    assert (process.wait(60), process.stderr.read()) == (0, "")
 
 
 def test_a_type_that_the_cpu_is_slow_at_is_said_once(caplog, monkeypatch):

@@ -149,6 +149,26 @@ def test_two_runs_are_compared_image_by_image(predictions, jobs):
     assert f"""python eval.py "checkpoint='{jobs[1]}'" "predictions=""" in refused.stderr
 
 
+def test_the_runs_of_two_settings_are_compared_pair_by_pair(tmp_path):
+    right = {"a": ["1100", "1110"], "b": ["1110", "1111"], "c": ["1111"]}  # by run, four images each
+    for setting, runs in right.items():
+        for seed, images in enumerate(runs):
+            folder = tmp_path / setting / f"seed{seed}"
+            folder.mkdir(parents=True)
+            rows = [f"{i}.jpg,{correct}" for i, correct in enumerate(images)]
+            (folder / "predictions.csv").write_text("\n".join(["path,correct", *rows, ""]))
+    finished = in_process("scripts/report.py", "--compare", str(tmp_path / "a"), str(tmp_path / "b"))
+    lines = finished.stdout.splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("A 50.00 %, B 75.00 % of 4 images")
+    assert lines[2] == "B - A, 2 pairs of runs: +25.00 points, 95 % [+25.00, +25.00] (t)"
+    # of the images' differences 0, 0, 50 and 50: deviation 28.87, standard error 14.43, t of three degrees 3.182
+    assert lines[3].endswith("95 % [-20.93, +70.93]")
+    refused = in_process("scripts/report.py", "--compare", str(tmp_path / "a"), str(tmp_path / "c"))
+    assert refused.status == 2
+    assert "a has 2 runs with predictions" in refused.stderr
+
+
 def test_figures_of_the_runs(study, tmp_path):
     for program, *words in (("plot_accuracy.py", "--out", "a"), ("plot_curves.py", "--mean", "--out", "b.png")):
         finished = in_process(f"scripts/{program}", str(study), *words[:-1], str(tmp_path / words[-1]))

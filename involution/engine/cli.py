@@ -92,7 +92,7 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
     try:
         try:
             if {"--help", "-h"} & set(sys.argv[1:]):
-                print(help.text(os.path.basename(sys.argv[0]), config_dir, config_name, sys.argv[1:]))
+                print_text(help.text(os.path.basename(sys.argv[0]), config_dir, config_name, sys.argv[1:]))
                 return
             _refuse_sweep_on_every_rank()
             sys.argv[1:] = arguments.keep_text(sys.argv[1:])
@@ -167,7 +167,15 @@ def user_input() -> Iterator[None]:
 
 def print_result(result: dict[str, Any]) -> None:
     """The program's answer: one JSON object on the last line of standard output."""
-    print(strict_json(result), flush=True)
+    print_text(strict_json(result))
+
+
+def print_text(text: str) -> None:
+    """Print on standard output, as long as somebody reads it: `train.py --help | head` is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try again when it ends
 
 
 def _refuse_sweep_on_every_rank() -> None:

@@ -16,6 +16,7 @@ from data.bands import BY_PILLOW, decode_bands
 from data.decode import BadImageError, check_pixels
 from data.folder import EXTENSIONS
 from involution.checks import strict_json
+from involution.engine.cli import print_text
 from involution.engine.config import EvalConfig, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
@@ -51,10 +52,10 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
         with autocast(device, config.precision):
             found = predictor.predict(batch)
         for (path, _), prediction in zip(batch, found, strict=True):
-            print(predictor.text(path, prediction))
+            print_text(predictor.text(path, prediction))
             predictions.append((path, prediction))
     seconds = time.perf_counter() - started
-    print(f"{len(paths)} pictures in {seconds:.2f} s: {len(paths) / seconds:.1f} a second")
+    print_text(f"{len(paths)} pictures in {seconds:.2f} s: {len(paths) / seconds:.1f} a second")
     for path, write in outputs:
         try:
             write(path, predictions, predictor)
