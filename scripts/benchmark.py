@@ -17,12 +17,14 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for `data`, which is no installed package
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not say when it starts
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `data`, which is no installed package
 
-# Freed memory stays with the process, so that page faults (1.2 to 4 times on CPU operators) do not drown the kernels.
-TUNED = {"MALLOC_TRIM_THRESHOLD_": 2**36, "MALLOC_MMAP_THRESHOLD_": 2**36, "MALLOC_TOP_PAD_": 2**28}
+import torch
+from benchmarks import data_loading, detection, loop, model, op, timing
+from benchmarks.machine import conditions
+from benchmarks.report import Report
+
+from involution.engine.device import keep_freed_memory
 
 
 def common_options() -> argparse.ArgumentParser:
@@ -32,9 +34,10 @@ def common_options() -> argparse.ArgumentParser:
     common.add_argument("--repeats", type=int, default=7, help="interleaved rounds (default 7)")
     common.add_argument(
         "--allocator",
-        choices=("tuned", "default"),
-        default="tuned",
-        help="tuned: start again with MALLOC_* set so that freed memory is kept, for all sides alike (default)",
+        choices=("keep", "default"),
+        default="keep",
+        help="keep: freed memory stays with the process, as in train.py, for all sides alike (default); without that "
+        "page faults take 1.2 to 4 times as long as CPU operators",
     )
     common.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one"
@@ -53,8 +56,6 @@ def common_options() -> argparse.ArgumentParser:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{op,model,detection,loop,data}")
-    from benchmarks import data_loading, detection, loop, model, op
-
     for module in (op, model, detection, loop, data_loading):
         module.add_command(commands, common_options())
     args = parser.parse_args()
@@ -65,14 +66,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    tuned = {name: str(value) for name, value in TUNED.items()}
-    if args.allocator == "tuned" and any(os.environ.get(name) != value for name, value in tuned.items()):
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | tuned)
-    import torch
-    from benchmarks import timing
-    from benchmarks.machine import conditions
-    from benchmarks.report import Report
-
+    if args.allocator == "keep" and not keep_freed_memory():
+        args.allocator = "default"  # or what MALLOC_* says
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.quick:

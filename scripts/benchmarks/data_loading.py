@@ -128,7 +128,7 @@ def memory(root: str, args: argparse.Namespace, report: Report) -> None:
         sizes = fresh(memory_over_epochs, root, loader, args.workers, epochs)
         row = {"loader": loader} | {f"after epoch {n} (MiB)": sizes[n - 1] for n in (1, 2, epochs)}
         rows.append(row | {"growth since epoch 2 (MiB an epoch)": (sizes[-1] - sizes[1]) / (epochs - 2)})
-    note = f"About {SMALL} images; fresh processes, default allocator."
+    note = f"About {SMALL} images; fresh processes, which keep freed memory as train.py does."
     report.table(f"Resident memory over {epochs} epochs, with the workers", rows, note)
 
 

@@ -1,7 +1,6 @@
 """Run a function in a fresh process, whose memory nobody else has touched."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +13,8 @@ SCRIPTS = Path(__file__).resolve().parents[1]
 _PROGRAM = """
 import importlib, json, sys, torch
 sys.path[:0] = {paths}
+from involution.engine.device import keep_freed_memory
+keep_freed_memory()
 torch.set_num_threads({threads})
 result = getattr(importlib.import_module({module!r}), {function!r})(*json.loads({arguments!r}))
 print(json.dumps(result))
@@ -21,7 +22,7 @@ print(json.dumps(result))
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a module's function in a new process under the default allocator, which users have.
+    """The result of a module's function in a new process, with freed memory kept as in train.py.
 
     Raises:
         RuntimeError: it failed; the message is the end of its standard error.
@@ -33,8 +34,7 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
         function=function.__name__,
         arguments=json.dumps(arguments),
     )
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{function.__name__}{arguments} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])

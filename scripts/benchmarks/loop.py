@@ -238,7 +238,7 @@ PEERS = {
 
 def run(args: argparse.Namespace, report: Report) -> None:
     logging.getLogger("involution").setLevel(logging.ERROR)  # it would complain about the loader
-    fill_heap(0.1 if args.quick else 2)
+    fill_heap(args, 0.1 if args.quick else 2)
     peer = PEERS[args.peer]
     rows: list[Row] = []
     quick = ["rednet26:32:2", f"{SEGMENTOR}:32:2"] if args.peer == "bare" else ["rednet26:32:2"]

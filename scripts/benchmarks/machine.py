@@ -63,14 +63,18 @@ def conditions(args: argparse.Namespace) -> dict[str, str]:
         "clock": args.clock,
         "repeats": str(args.repeats),
         "versions": ", ".join([f"Python {platform.python_version()}"] + [f"{p} {_version(p)}" for p in packages]),
-        "allocator": ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if "MALLOC" in k) or "default",
+        "allocator": "keeps freed memory, as in train.py" if args.allocator == "keep" else _malloc() or "default",
         "load average at the start": f"{os.getloadavg()[0]:.1f}",
     }
 
 
-def fill_heap(gib: float) -> None:
-    """Touch memory once and free it: under the tuned allocator later allocations of that much find it resident."""
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ:
+def _malloc() -> str:
+    return ", ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if "MALLOC" in k)
+
+
+def fill_heap(args: argparse.Namespace, gib: float) -> None:
+    """Touch memory once and free it: where it is kept, later allocations of that much find it resident."""
+    if args.allocator == "keep":
         torch.zeros(int(gib * 2**28))
 
 

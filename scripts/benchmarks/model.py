@@ -105,7 +105,7 @@ def peak_memory(name: str, batch: int, side: int, device: str, dtype: str) -> fl
 def run(args: argparse.Namespace, report: Report) -> None:
     if args.quick:
         args.depth, args.batch, args.train_batch, args.side, args.compile = [26], [1], 2, 32, False
-    fill_heap(0.1 if args.quick else max(*args.batch, args.train_batch) / 4)
+    fill_heap(args, 0.1 if args.quick else max(*args.batch, args.train_batch) / 4)
     parts = {"inference", "training", "memory", "breakdown"} if args.only is None else set(args.only)
     settings = f"{args.side} x {args.side}, {args.dtype}, channels_last"
     if args.runtime:
@@ -151,7 +151,7 @@ def memory(args: argparse.Namespace, report: Report) -> None:
                 values.append(fresh(peak_memory, model, batch, args.side, args.device, args.dtype))
         rows.append({"depth": depth, "batch": batch} | {f"{k} (MiB)": median(v) for k, v in peaks.items()})
         rows[-1]["RedNet / ResNet"] = timing.ratio(peaks, "RedNet", "ResNet")
-    note = "Medians of fresh processes under the default allocator, whose fragmentation differs from run to run."
+    note = "Medians of fresh processes, which keep freed memory as train.py does."
     report.table("Peak memory of training, above what the imports take", rows, note)
 
 

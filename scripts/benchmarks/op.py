@@ -163,7 +163,7 @@ def peak_memory(case: str, batch: int, device: str, dtype: str, quick: bool) -> 
 def run(args: argparse.Namespace, report: Report) -> None:
     if args.quick:
         args.batch = [1]
-    fill_heap(0.1 if args.quick else max(args.batch) / 4)
+    fill_heap(args, 0.1 if args.quick else max(args.batch) / 4)
     bench = Bench(args)
     large = 2**22 if args.quick else 2**30
     report.verdict(

@@ -44,7 +44,11 @@ MODELS = ("resnet50", "rednet50")
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    found = conditions(argparse.Namespace(device=args.device, threads=torch.get_num_threads(), clock="wall", repeats=1))
+    found = conditions(
+        argparse.Namespace(
+            device=args.device, threads=torch.get_num_threads(), clock="wall", repeats=1, allocator="default"
+        )
+    )
     found.pop("command")
     if args.device != "cuda":
         return found
