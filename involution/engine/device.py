@@ -60,9 +60,9 @@ def keep_freed_memory() -> bool:
     """Whether glibc's malloc now keeps what this process frees, instead of returning it to the kernel.
 
     A training step on a CPU frees all its large tensors, and without this each comes back as zeroed pages, one fault
-    for 4 KiB: 5 to 17 % of RedNet-26's time (96 pixels, 32 images, one thread; seven pairs of runs). The heap has gaps then:
-    RedNet-50's peak is 17 % higher, ResNet-50's 27 % (docs/benchmarks/model-memory.md; default allocator: d56ef6a).
-    Variables MALLOC_* or GLIBC_TUNABLES, where set, have the last word.
+    for 4 KiB: 5 to 17 % of RedNet-26's time (96 pixels, 32 images, one thread; seven pairs of runs). The heap has gaps
+    then: RedNet-50's peak is 17 % higher, ResNet-50's 27 % (docs/benchmarks/model-memory.md; default allocator:
+    d56ef6a). Variables MALLOC_* or GLIBC_TUNABLES, where set, have the last word.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "GLIBC_TUNABLES" in os.environ:
         return False
