@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from involution.engine.distributed import World, gather_objects
+from involution.engine.distributed import World, gather_objects, progress
 from involution.engine.tasks import Batch, Evaluation
 
 log = logging.getLogger("involution")
@@ -70,6 +70,7 @@ def evaluate(
             batch = batch.to(world.device, channels_last=channels_last)
             with autocast(world.device, precision):
                 evaluation.add(model, batch)
+            progress()
             on_batch()
     finally:
         model.train(training)

@@ -11,11 +11,20 @@ import os
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger("involution")
 INTERVAL = 1.0  # seconds between two looks at the store
 FAILURE = "failure"  # key: the first rank that fails writes what happened there
+
+
+class Report(NamedTuple):
+    """What a rank tells: heartbeats, progress, seconds without any, and its machine."""
+
+    beats: int
+    progress: int
+    still: float
+    host: str
 
 
 class Peers:
@@ -30,6 +39,7 @@ class Peers:
         self.rank, self.size, self.timeout = rank, size, timeout
         self.progress = 0  # collectives and batches up to now: nearly the same number on every rank
         self._store = store
+        self._beats, self._seen, self._since = 0, -1, time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
         self._thread.start()
@@ -55,16 +65,12 @@ class Peers:
         return rank, status, message
 
     def _watch(self) -> None:
-        beats, seen, since = 0, -1, time.monotonic()
         while not self._done.wait(INTERVAL):
-            beats += 1
             try:
-                self._store.set(f"rank {self.rank}", json.dumps([beats, self.progress, socket.gethostname()]))
+                still = self._beat()
                 if self._store.check([FAILURE]):
                     self._follow(*json.loads(self._store.get(FAILURE)))
-                if self.progress != seen:
-                    seen, since = self.progress, time.monotonic()
-                elif time.monotonic() - since > self.timeout:
+                if still > self.timeout:
                     self._name_missing()
             except Exception as error:
                 # rank 0 (or torchrun), which keeps the store, is gone; at the end of a program that is no failure
@@ -72,27 +78,39 @@ class Peers:
                     return
                 self._leave(1, f"lost the connection to rank 0: {str(error).splitlines()[0]}")
 
-    def _reports(self) -> dict[int, list[Any]]:
-        """{rank: [heartbeats, progress, host]} of the ranks that ever reported."""
+    def _beat(self) -> float:
+        """Tell that this rank lives, and how far it is; the seconds since it got that far."""
+        self._beats += 1
+        if self.progress != self._seen:
+            self._seen, self._since = self.progress, time.monotonic()
+        still = time.monotonic() - self._since
+        report = Report(self._beats, self.progress, still, socket.gethostname())
+        self._store.set(f"rank {self.rank}", json.dumps(report))
+        return still
+
+    def _reports(self) -> dict[int, Report]:
+        """Of the ranks that ever reported."""
         keys = {rank: f"rank {rank}" for rank in range(self.size)}
         known = [rank for rank, key in keys.items() if self._store.check([key])]
         values = self._store.multi_get([keys[rank] for rank in known])
-        return {rank: json.loads(value) for rank, value in zip(known, values, strict=True)}
+        return {rank: Report(*json.loads(value)) for rank, value in zip(known, values, strict=True)}
 
     def _name_missing(self) -> None:
-        """Leave if a rank neither lives nor has come as far as the others."""
+        """Leave if a rank does not live, or has stood still as long as this one and not come as far as others."""
         before = self._reports()
-        if self._done.wait(3 * INTERVAL):
-            return
-        now, furthest = self._reports(), max(report[1] for report in before.values())
+        for _ in range(3):
+            if self._done.wait(INTERVAL):
+                return
+            self._beat()  # for others may be looking too
+        now, furthest = self._reports(), max(report.progress for report in before.values())
         missing = []
         for rank in range(self.size):
             if rank not in now:
                 missing.append(f"rank {rank} never reported")
-            elif rank != self.rank and now[rank][0] == before.get(rank, [None])[0]:
-                missing.append(f"rank {rank} on {now[rank][2]} no longer reports (dead or frozen)")
-            elif now[rank][1] < furthest:
-                missing.append(f"rank {rank} on {now[rank][2]} is busy with something else")
+            elif rank != self.rank and rank in before and now[rank].beats == before[rank].beats:
+                missing.append(f"rank {rank} on {now[rank].host} no longer reports (dead or frozen)")
+            elif now[rank].progress < furthest and now[rank].still > self.timeout:
+                missing.append(f"rank {rank} on {now[rank].host} is busy with something else")
         if missing:
             message = f"no progress for {self.timeout:.0f} s (train.timeout_minutes): {'; '.join(missing)}"
             self._follow(*self.announce(1, message))
