@@ -64,11 +64,11 @@ class _Requests(Sampler[MicroBatch]):
 def _outlive_signals(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach the workers too, but the trainer still needs them to finish its step.
 
-    The alarm ends a worker that nobody collects.
+    The alarm ends a worker that nobody collects, long after any step.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(3600))
 
 
 @cache

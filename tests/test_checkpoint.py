@@ -8,8 +8,11 @@ import threading
 import pytest
 import torch
 
+from involution.engine import build
 from involution.engine.checkpoint import CheckpointFolder, load_weights
+from involution.engine.distributed import World
 from involution.engine.errors import UserError
+from involution.engine.run import RunFolder
 from involution.weights.run_file import DamagedCheckpoint, digest, read, write
 
 
@@ -53,6 +56,48 @@ def test_a_truncated_file_is_reported_and_the_one_before_it_used(tmp_path, size,
     with caplog.at_level("WARNING", logger="involution"):
         assert folder.newest()[1]["step"] == 2
     assert "last.pt" in caplog.text
+
+
+def test_a_score_from_another_folder_has_a_best_checkpoint_here(tmp_path):
+    """As with train.resume=PATH name=new."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1), 1)
+    folder.wait()
+    assert not (tmp_path / "best.pt").exists()
+    folder.save(state(2) | {"best": 50.0}, 2)
+    folder.save(state(3) | {"best": 50.0}, 3)
+    folder.wait()
+    assert read(tmp_path / "best.pt")["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("resume", "own", "restarts", "step"),
+    [
+        ("auto", "auto", 0, 2), ("never", "never", 0, None), ("never", "never", 1, 2),
+        ("other.pt", "auto", 0, 1), ("other.pt", "other.pt", 0, 2), ("other.pt", "other.pt", 1, 2),
+    ],
+)  # fmt: skip
+def test_where_a_run_begins(tmp_path, monkeypatch, resume, own, restarts, step):
+    """`resume` now, and as the run's own checkpoint was written."""
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "other.pt", state(1))
+    world = World(0, 1, torch.device("cpu"))
+    run = RunFolder(tmp_path / "run", world)
+    folder = CheckpointFolder(run.checkpoints)
+    folder.save(state(2) | {"config": {"train": {"resume": own}}}, 2)
+    folder.wait()
+    found = build.state_to_resume(resume, run, world)
+    assert (found and found["step"]) == step
+    assert run.checkpoints.exists() == (step is not None)
+
+
+def test_tuples_stay_tuples(tmp_path):
+    """As random.getstate() has them, which some optimizers keep."""
+    folder = CheckpointFolder(tmp_path)
+    folder.save(state(1) | {"random": random.getstate()}, 1)
+    folder.wait()
+    random.setstate(read(tmp_path / "last.pt")["random"])
 
 
 def test_all_damaged_is_an_error_and_none_is_a_fresh_start(tmp_path):

@@ -119,6 +119,17 @@ def test_every_key_that_varies_gives_folders_of_their_own(tmp_path, key, values)
     assert not any(key in job.immaterial for job in jobs)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "material"), [
+        ("data=folder", True), ("recipe=cityscapes data=segmentation_folder data.classes=[a,b]", True),
+        ("recipe=coco data=detection_folder", True), ("recipe=coco", False), ("data=imagenet", False),
+    ],
+)  # fmt: skip
+def test_a_folder_of_ones_own_is_a_data_set_of_its_own(tmp_path, recipe, material):
+    _, jobs = planned(tmp_path, *recipe.split(), "data.root=/a", "seed=0,1")
+    assert ("data.root" not in jobs[0].immaterial) == material
+
+
 @pytest.mark.parametrize("key", ["output_root=a,b", "ablation=stem,kernel_size", "hydra.job.name=a,b"])
 def test_keys_that_a_sweep_has_one_of(tmp_path, key):
     with pytest.raises(UserError, match=rf"{key.partition('=')[0]} cannot vary within a sweep"):

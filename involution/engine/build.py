@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,10 +59,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     same_on_all_ranks("data set", {"train": train.fingerprint, "val": val.fingerprint})
 
     run.open()
-    if world.is_main and o.resume == "never":
-        run.start_over()
     log_to(run.path / "train.log", world.is_main)
-    state = _state_to_resume(o.resume, run, world)
+    state = state_to_resume(o.resume, run, world)
     if state is not None:
         _check_same_run(state, plain, train.fingerprint)
 
@@ -148,16 +147,37 @@ def _num_classes(configured: int | None, class_names: Sequence[str]) -> int:
     return configured or len(class_names)
 
 
-def _state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
-    """The state to go on from; rank 0 chooses the checkpoint, so that ranks cannot choose differently."""
+def _started_again() -> bool:
+    """Whether SLURM or torchrun has started this very command before: then it is to continue, whatever it says."""
+    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
+def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
+    """The state to go on from, for auto | never | PATH. With never, what an earlier run left in the folder goes.
+
+    Rank 0 chooses the checkpoint, so that ranks cannot choose differently. Of a run that began from a PATH its own
+    checkpoints continue, so that the same command started again does.
+
+    Raises:
+        UserError: every checkpoint of the run is damaged, or PATH is none.
+    """
+    if resume == "never" and _started_again():
+        resume = "auto"
     if resume == "never":
+        if world.is_main:
+            run.start_over()
         return None
-    if resume != "auto":
-        return read(Path(resume))
-    found = CheckpointFolder(run.checkpoints).newest() if world.is_main else None
+    try:
+        found = CheckpointFolder(run.checkpoints).newest() if world.is_main else None
+    except UserError:  # all are damaged
+        if resume == "auto":
+            raise
+        found = None
+    if found and resume not in ("auto", found[1]["config"]["train"]["resume"]):
+        found = None
     path: Path | None = gather_objects(found and found[0])[0]
     if path is None:
-        return None
+        return None if resume == "auto" else read(Path(resume))
     if world.is_main:
         log.info("going on from %s", path)
     return found[1] if found else read(path)

@@ -22,13 +22,14 @@ log = logging.getLogger("involution")
 
 
 def detach(value: Any) -> Any:
-    """A copy on the CPU that later training steps do not touch, of plain dicts, lists and tensors."""
+    """A copy on the CPU that later training steps do not touch, of plain dicts, lists, tuples and tensors."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
         return {key: detach(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [detach(item) for item in value]
+        items = [detach(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 
@@ -93,7 +94,9 @@ class CheckpointFolder:
             rubbish.unlink(missing_ok=True)
         path = self.folder / f"step-{step:08d}.pt"
         write(path, state)
-        if best:  # first: a `last.pt` that knows a best score must not be ahead of that score's weights
+        # first: a `last.pt` that knows a best score must not be ahead of that score's weights. Of a score from another
+        # folder (train.resume=PATH) there are none here, and these come closest
+        if best or (state.get("best") is not None and not (self.folder / "best.pt").exists()):
             self._link(path, "best.pt")
         self._link(path, "last.pt")
         steps = self._steps()

@@ -114,7 +114,7 @@ def _job(overrides: list[str], config: DictConfig, folder: Path, varied: Collect
     o, fixed = checked.train, "train.batch_size" in given(overrides)
     o.batch_size = fit_batch_size(o.global_batch_size, o.batch_size, ranks, fixed)  # as the job itself will do
     immaterial |= set() if fixed else {"train.batch_size"}
-    immaterial -= {"data.root"} if checked.data.name == "folder" else set()  # there it is the data set
+    immaterial -= {"data.root"} if checked.data.name.endswith("folder") else set()  # there it is the data set
     with user_input():
         check_model(checked.model)
     places = {"hydra.sweep.dir": folder.parent, "hydra.sweep.subdir": folder.name, "hydra.run.dir": folder}

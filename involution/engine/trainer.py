@@ -177,8 +177,9 @@ class Trainer:
             self.save()
             self.checkpoints.wait()
             part()
+            again = "again, without train.resume=never," if self.options.resume == "never" else "again"
             raise Preempted(
-                f"stopped after step {self.step}; the state is saved: run the same command again to continue",
+                f"stopped after step {self.step}; the state is saved: run the same command {again} to continue",
                 requeue=agreed == REQUEUE,
             )
         return agreed
