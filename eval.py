@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from involution.engine import cli
-from involution.engine.config import EvalConfig, validate
+from involution.engine.config import EvalConfig, refuse_other_use, validate
 from involution.engine.distributed import init_world, leave_world
 from involution.engine.load import evaluate_each, write_results
 from involution.engine.predict import predict_images
@@ -28,6 +28,7 @@ CONF = Path(__file__).resolve().parent / "conf"
 @cli.job
 def main(composed: DictConfig) -> None:
     config = validate(composed, EvalConfig)
+    refuse_other_use(config, HydraConfig.get().overrides.task)
     world = init_world(config.device)
     atexit.register(leave_world)
     log_to(None, world.is_main)

@@ -64,7 +64,9 @@ CITYSCAPES = Labels(
 DEMO = Labels(DEMO_CLASSES, palette(len(DEMO_CLASSES)), np.arange(len(DEMO_CLASSES), dtype=np.uint8))
 
 
-def open_cityscapes(root: str | os.PathLike[str] | None, labels: Labels = CITYSCAPES) -> tuple[MaskList, MaskList]:
+def open_cityscapes(
+    root: str | os.PathLike[str] | None, labels: Labels = CITYSCAPES, on_error: str = "stop"
+) -> tuple[MaskList, MaskList]:
     """The splits train and val; one of them may be missing, and has no pairs then.
 
     Raises:
@@ -73,20 +75,20 @@ def open_cityscapes(root: str | os.PathLike[str] | None, labels: Labels = CITYSC
     base = Path(os.path.abspath(root or "cityscapes"))
     if not root or not (base / "leftImg8bit").is_dir():
         raise ValueError(f"{str(base)!r} is no Cityscapes: set data.root to the folder with leftImg8bit/ and gtFine/")
-    train, val = _split(base, "train", labels), _split(base, "val", labels)
+    train, val = (_split(base, split, labels, on_error) for split in ("train", "val"))
     if not len(train) and not len(val):
         raise ValueError(f"{str(base)!r} has no frames; expected leftImg8bit/<split>/<city>/<frame>{PICTURE}")
     return train, val
 
 
-def _split(base: Path, split: str, labels: Labels) -> MaskList:
+def _split(base: Path, split: str, labels: Labels, on_error: str) -> MaskList:
     images = sorted((base / "leftImg8bit" / split).glob(f"*/*{PICTURE}"))
     truth = base / "gtFine" / split
     frames = [truth / path.parent.name / path.name.removesuffix(PICTURE) for path in images]
     wanted = [[frame.with_name(frame.name + kind) for kind in (TRAIN_IDS, IDS)] for frame in frames]
     masks = partners(images, wanted, truth) if images else []
     by_id = bool(masks) and masks[0].name.endswith(IDS)
-    found = pairs(images, masks) if images else (Names.pack([]), Names.pack([]))
+    found = pairs(images, masks, on_error) if images else (Names.pack([]), Names.pack([]))
     return MaskList(*found, labels.names, labels.colours, _classes(labels, by_id), labels.values)
 
 

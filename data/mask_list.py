@@ -92,20 +92,22 @@ class MaskList:
         return {"images": len(self), "classes": len(self.class_names), "sha256": digest.hexdigest()}
 
 
-def pairs(images: Sequence[Path], masks: Sequence[Path]) -> tuple[Names, Names]:
+def pairs(images: Sequence[Path], masks: Sequence[Path], on_error: str = "stop") -> tuple[Names, Names]:
     """The paths of pictures and their masks, after a look at the first bytes of each.
+
+    on_error: with "skip", files that cannot be read are left for the loader to skip and count.
 
     Raises:
         ValueError: a picture and its mask have other sizes, or a mask holds colours.
     """
     with ThreadPoolExecutor(16) as pool:  # threads hide the latency of network storage
-        for problem in pool.map(_problem, images, masks):
+        for problem in pool.map(lambda image, mask: _problem(image, mask, on_error), images, masks):
             if problem is not None:
                 raise ValueError(problem)
     return Names.pack(map(os.fsencode, images)), Names.pack(map(os.fsencode, masks))
 
 
-def _problem(image: Path, mask: Path) -> str | None:
+def _problem(image: Path, mask: Path, on_error: str) -> str | None:
     try:
         with Image.open(image) as picture, Image.open(mask) as labels:
             if labels.mode not in LABEL_MODES:
@@ -115,6 +117,8 @@ def _problem(image: Path, mask: Path) -> str | None:
                 None if picture.size == labels.size else f"mask {str(mask)!r} {_other_size(labels.size, picture.size)}"
             )
     except Exception as error:  # Pillow's plugins raise almost every type
+        if on_error == "skip":
+            return None
         return f"{str(image)!r} or its mask cannot be read: {error or type(error).__name__}"
 
 
@@ -163,7 +167,9 @@ def palette(count: int) -> np.ndarray:
     return colours
 
 
-def open_folder(root: str | os.PathLike[str] | None, class_names: Sequence[str] | None) -> tuple[MaskList, MaskList]:
+def open_folder(
+    root: str | os.PathLike[str] | None, class_names: Sequence[str] | None, on_error: str = "stop"
+) -> tuple[MaskList, MaskList]:
     """Any folder with train/images/, train/masks/, val/images/, val/masks/: `a.jpg` belongs to `a.png`.
 
     Masks hold 0 for the first class, 1 for the second, ..., and 255 for pixels that do not count.
@@ -190,7 +196,7 @@ def open_folder(root: str | os.PathLike[str] | None, class_names: Sequence[str] 
                 f"{str(folder / 'images')!r} has no pictures; expected {name}/images/*.jpg and {name}/masks/*.png"
             )
         within = [(folder / "masks" / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
-        found = pairs(images, partners(images, [[path] for path in within], folder / "masks"))
+        found = pairs(images, partners(images, [[path] for path in within], folder / "masks"), on_error)
         return MaskList(*found, tuple(class_names), palette(n + 1)[1:], classes, np.arange(n, dtype=np.uint8))
 
     return split("train"), split("val")

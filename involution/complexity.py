@@ -8,11 +8,13 @@ The model runs once on the meta device (shapes only, no arithmetic); hooks see e
 layer runs once, with as many boxes and masks as the paper counted (``forward_fixed``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from involution.layers import Involution2d
 
@@ -108,14 +110,16 @@ def count(model: nn.Module, input_size: tuple[int, int, int] = (3, 224, 224), co
     result = Complexity(input_size)
     hooks = []
     whole = [(type(model).__name__, model)]
+    seen: set[nn.Parameter] = set()  # shared ones count where they come first
+    own = {} if isinstance(model, COUNTED) else dict(model.named_parameters(recurse=False))
+    if own:
+        result.parts.append(_part("own", own.values(), seen))
     for name, child in whole if isinstance(model, COUNTED) else model.named_children():
-        parameters = list(child.parameters())
-        trainable = sum(p.numel() for p in parameters if p.requires_grad)
-        part = Part(name, sum(p.numel() for p in parameters), trainable)
+        part = _part(name, child.parameters(), seen)
         result.parts.append(part)
         hooks.append(child.register_forward_hook(_record_output(part)))
         layers = [m for m in child.modules() if _counts(m)]
-        hooks += [layer.register_forward_hook(_add_cost(part, cost)) for layer in layers]
+        hooks += [layer.register_forward_hook(_add_cost(part, cost), with_kwargs=True) for layer in layers]
     try:
         run_on_meta(model, input_size)
     finally:
@@ -141,16 +145,23 @@ def _counts(module: nn.Module) -> bool:
     return isinstance(module, COUNTED) or hasattr(module, "products")
 
 
+def _part(name: str, parameters: Iterable[nn.Parameter], seen: set[nn.Parameter]) -> Part:
+    new = [p for p in parameters if p not in seen]
+    seen.update(new)
+    return Part(name, sum(p.numel() for p in new), sum(p.numel() for p in new if p.requires_grad))
+
+
 def _record_output(part: Part) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | Sequence[Tensor]) -> None:
-        part.output = tuple((output if isinstance(output, Tensor) else output[-1]).shape[1:])
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
+        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        part.output = tuple(tensors[-1].shape[1:]) if tensors else ()
 
     return hook
 
 
 def _add_cost(part: Part, cost: Cost) -> Callable[..., None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        macs, elementwise = cost(module, args[0], output)
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        macs, elementwise = cost(module, args[0] if args else next(iter(kwargs.values())), output)
         part.macs += macs
         part.elementwise += elementwise
 

@@ -21,7 +21,7 @@ from involution.checks import printable
 from involution.complexity import count
 from involution.folding import fold_parts
 from involution.loading import IMAGENET, input_channels
-from involution.models import StagedNetwork, without_weights
+from involution.models import DENSE, StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
 from involution.models.san import SAN
 from involution.models.standalone import StandAloneResNet
@@ -157,8 +157,12 @@ def save_safetensors(
         arguments: of ``create_model`` for it; None: read off the tensors' shapes, which tell nothing of timm's models.
 
     Raises:
-        ValueError: safetensors is not installed, or the names are not as many as the classes.
+        ValueError: safetensors is not installed, the names are not as many as the classes, or it is no classifier.
     """
+    if arguments is not None and arguments["name"] in DENSE:
+        raise ValueError(
+            f"the card is a classifier's; of {arguments['name']} scripts/convert_checkpoint.py writes safetensors"
+        )
     try:
         from safetensors.torch import save_file
     except ImportError as error:
@@ -196,7 +200,7 @@ def _model_card(
     side, resize, mean, std = preparation.values()
     tags = "timm" if "library" in options else "involution, rednet"
     licence = "" if "library" in options else "\nlicense: mit"
-    measured = count(model, (options["in_chans"], side, side))
+    measured = count(model, (options.get("in_chans", 3), side, side))
     arguments = "".join(f", {key}={value!r}" for key, value in options.items())
     classes = "".join(f"{i}. {class_name}\n" for i, class_name in enumerate(class_names))
     listing = f"\nClasses, counted from 0:\n\n{classes}" if class_names else ""

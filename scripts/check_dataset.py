@@ -3,7 +3,8 @@
     python scripts/check_dataset.py ROOT [--data imagenet] [--workers N] [--output FILE]
 
 Bad files are printed and written to ROOT/excluded.txt (or FILE, to be given as data.exclude), a path and the reason a
-line; training and evaluation leave them out from then on. Without bad files the list is removed.
+line; training and evaluation leave them out from then on. Without bad files there is no list. An earlier one is kept as
+excluded.txt.before.
 Exit status: 0 all files can be read, 1 some cannot (the list is written), 2 wrong arguments or folder.
 """
 
@@ -89,10 +90,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
     print(f"{len(bad)} of {sum(len(images) for images in splits)} images cannot be read", end="")
     try:
+        if output.exists():  # lists are edited by hand too
+            os.replace(output, output.with_name(f"{output.name}.before"))
         if bad:
             write_list(output, bad, base)
-        else:
-            output.unlink(missing_ok=True)
     except OSError as error:
         print(flush=True)
         print(

@@ -3,8 +3,8 @@
     python scripts/pack_dataset.py ROOT OUTPUT [--data imagenet] [--shard-size 1000] [--seed 0]
 
 OUTPUT gets train-000000.tar, ..., val-000000.tar, ... and classes.txt; use it as data.root. A shard holds --shard-size
-MB of images in a random order: <key>.jpg as it is on disk, and <key>.cls with the number of its class. Running it again
-after an interruption starts over; a shard appears under its name only when it is whole.
+MB of images in a random order: <key>.jpg as it is on disk, and <key>.cls with the number of its class. A shard appears
+under its name only when it is whole; after an interruption remove OUTPUT and start again.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used from the checkout
 
 from data import BadImageError, open_dataset
+from data.folder import EXTENSIONS
 from data.image_list import ImageList
 from data.sampling import permutation
 from data.shards import CLASSES
@@ -40,7 +41,8 @@ def pack(images: ImageList, output: Path, split: str, shard_bytes: int, seed: in
             while index is not None and size < shard_bytes:
                 data = images.read(index)
                 key = f"{index:09d}"  # of the sorted list; names may have dots, which end a key
-                _add(tar, key + Path(images.paths[index]).suffix.lower(), data)
+                ending = Path(images.paths[index]).suffix.lower()  # rows of a parquet file may have no names
+                _add(tar, key + (ending if ending.encode() in EXTENSIONS else ".jpg"), data)
                 _add(tar, key + ".cls", b"%d" % images.targets[index])
                 size += len(data)
                 index = next(order, None)
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shard-size", type=float, default=1000, help="MB of images in a shard")
     parser.add_argument("--seed", type=int, default=0, help="of the order in the shards")
     arguments = parser.parse_args(argv)
+    if not arguments.shard_size > 0:
+        parser.error(f"--shard-size is {arguments.shard_size:g}; it should be a number of MB above 0")
     output = arguments.output
     try:
         if any(output.glob("*.tar")):

@@ -60,12 +60,15 @@ def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    recorded = next(iter(groups.values()))[0][0]
+    recorded = next((run[0] for runs in groups.values() for run in runs if run), None)
+    if recorded is None:
+        raise ValueError("none of these runs has finished an epoch")
     score = next((key for key in SCORES if key in recorded), "val_top1")
     titles = ("training loss", f"validation {SCORES[score]} (%)")
     for axis, key, title in zip(axes, ("train_loss", score), titles, strict=True):
         for name, runs in groups.items():
-            epochs, values = zip(*curve(runs, key))
+            points = curve(runs, key)
+            epochs, values = [epoch for epoch, _ in points], [value for _, value in points]
             axis.plot(epochs, [mean(value) for value in values], marker=".", label=name)
             if len(runs) > 1:
                 axis.fill_between(

@@ -62,7 +62,7 @@ class Run:
             size = paper_size(model["name"])
         else:
             side = self.config["data"]["val_size"]
-            size = (3, side, side)
+            size = (model.get("in_chans", 3), side, side)
         with torch.device("meta"):
             return count(create_model(**model), size)
 

@@ -242,3 +242,9 @@ def test_a_training_step(name: str) -> None:
     torch.testing.assert_close(*losses)
     model.freeze(1)
     assert not any(p.requires_grad for p in model.stem.parameters())
+
+
+@pytest.mark.parametrize("name", ["standalone_resnet26", "lrnet26"])
+def test_a_batch_of_no_images(name):
+    model = involution.create_model(name, num_classes=3).eval()
+    assert model(torch.randn(0, 3, 64, 64)).shape == (0, 3)

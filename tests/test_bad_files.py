@@ -38,8 +38,10 @@ def test_skip_leaves_it_out_of_training_and_of_an_exact_evaluation(tmp_path, ima
 
 
 def test_after_a_scan_the_bad_files_are_excluded(tmp_path, images):
+    (images / "excluded.txt").write_text("train/a/0.jpg\n")
     scan = python("scripts/check_dataset.py", str(images))
     assert scan.status == 1
+    assert (images / "excluded.txt.before").read_text() == "train/a/0.jpg\n"
     assert len([line for line in (images / "excluded.txt").read_text().splitlines() if line[0] != "#"]) == 2
     finished = train(tmp_path / "run", images, *SHORT)
     assert finished.status == 0, finished.stderr

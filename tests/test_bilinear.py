@@ -130,6 +130,31 @@ def test_product_under_autocast_compiler_and_counter() -> None:
     assert counter.get_total_flops() == 3 * 2 * key.numel() * 9
 
 
+def _squared(function: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+    return function(*operands).float().square().sum()
+
+
+def test_transforms_under_autocast_work_in_its_type() -> None:
+    query, key, kernel = (t.detach() for t in _operands(1, torch.float32, last=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        for function, operands in (
+            (involution2d, (key, kernel)),
+            (partial(neighbourhood_product, kernel_size=3, groups=2), (query, key)),
+        ):
+            for n in (0, 1):
+                found = torch.func.grad(partial(_squared, function), argnums=n)(*operands)
+                leaves = [t.clone().requires_grad_() for t in operands]
+                expected = torch.autograd.grad(_squared(function, *leaves), leaves)[n]
+                assert found.dtype == torch.float32
+                torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-1)
+        with pytest.raises(ValueError, match=r"kernel is torch.float32; it should be torch.float64"):
+            involution2d(key.double(), kernel)
+    torch.testing.assert_close(  # past the checks: as torch promotes them, and no memory is read as another type
+        torch.ops.involution.involution2d(key.double(), kernel, 1, 1, 1),
+        involution2d(key.double(), kernel.double()),
+    )
+
+
 def test_only_query_and_key_are_kept() -> None:
     kept: list[Tensor] = []
     query, key, _ = _operands(1)

@@ -55,6 +55,18 @@ def write(root, changes=None, folder="{split}", file="annotations/instances_{spl
     return root
 
 
+def test_objects_without_an_area_have_that_of_their_boxes(tmp_path):
+    (folder, file), *_ = FOLDER
+    root = write(tmp_path, folder=folder, file=file)
+    (path,) = [path for path in root.rglob("*.json") if "val" in path.name]
+    content = json.loads(path.read_text())
+    for row in content["annotations"]:
+        row["area"] = None
+    path.write_text(json.dumps(content))
+    val = open_coco(root).val
+    assert val.areas.tolist() == (val.boxes[:, 2] * val.boxes[:, 3]).tolist()
+
+
 @pytest.mark.parametrize(("folder", "file"), FOLDER)
 def test_what_there_is_to_learn_from(tmp_path, folder, file):
     """Complaints 7 and 9: what is left out, and category ids that are contiguous inside."""

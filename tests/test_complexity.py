@@ -100,3 +100,32 @@ def test_counting_leaves_the_model_as_it_was():
     assert measured.input_size == (3, 64, 64)
     assert str(measured).splitlines()[1].split()[:6] == ["stem", "64", "x", "32", "x", "32"]
     assert str(measured).splitlines()[-1].startswith("total")
+
+
+class _Odd(nn.Module):
+    """What timm's models do: parameters of their own, shared ones, keyword arguments, outputs that are no tensor."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 5)
+
+        def forward(self, x):
+            return self.layer(input=x.movedim(1, -1)), (x.shape[2], x.shape[3])
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.zeros(7))
+        self.patches, self.again = self.Patches(), self.Patches()
+        self.again.layer.weight = self.patches.layer.weight
+
+    def forward(self, x):
+        return self.patches(x)[0] + self.again(x)[0]
+
+
+def test_parameters_count_once_wherever_they_are():
+    found = count(_Odd(), (3, 8, 8))
+    assert found.params == 7 + 15 + 2 * 5
+    assert found.macs == 2 * 64 * 15
+    assert [(part.name, part.params) for part in found.parts] == [("own", 7), ("patches", 20), ("again", 5)]
+    assert found.parts[1].output == (8, 8, 5)

@@ -203,6 +203,7 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["recipe=demo", "output_root=/dev/null/runs"], "cannot write to /dev/null/runs"),
         (["recipe=demo", "output_root={tmp}", "name=taken"], "taken: File exists; set output_root to a folder"),
         (["recipe=demo", f"name={'n' * 300}"], "File name too long"),
+        (["recipe=demo", "data.train_size=[64,64]"], "expected a number of pixels or {epoch: pixels}"),
         (
             ["recipe=demo", "data.loader=torch", "data.workers=0", "train.batch_size=1", "train.global_batch_size=2"],
             "train.batch_size=1 leaves it one pixel of one image",

@@ -161,3 +161,20 @@ def test_what_is_wrong_is_said(roots, monkeypatch, tmp_path):
     assert data.open_dataset("imagenet", root).train.class_names == ("x", "y", "z", "w")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     refused("pip install pyarrow")
+
+
+def test_rows_without_names_are_packed_as_pictures(roots, tmp_path, capsys):
+    _, root = roots
+    for file in (root / "data").glob("*.parquet"):
+        rows = pq.read_table(file)
+        image = pa.array([{"bytes": row["bytes"], "path": None} for row in rows["image"].to_pylist()],
+                         pa.struct([("bytes", pa.binary()), ("path", pa.string())]))  # fmt: skip
+        pq.write_table(rows.set_column(0, "image", image), file)
+    shards = tmp_path / "shards"
+    assert pack_dataset.main([str(root), str(shards), "--data", "imagenet"]) == 0
+    packed, original = data.open_dataset("imagenet", shards), data.open_dataset("imagenet", root)
+    assert [len(split) for split in packed] == [len(split) for split in original]
+    for size in ("0", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            pack_dataset.main([str(root), str(tmp_path / "none"), "--shard-size", size])
+        assert "should be a number of MB above 0" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import involution
 from involution.dense import plugins
-from involution.dense.backbone import LEVELS, build_backbone
+from involution.dense.backbone import LEVELS, Backbone, build_backbone
 from involution.dense.pyramid import FeaturePyramid
 from involution.weights import to_released
 
@@ -84,6 +84,20 @@ def test_a_backbone_starts_from_a_classifier_s_weights(tmp_path):
 def test_wrong_backbones(config, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
         build_backbone(config)
+
+
+@pytest.mark.parametrize("plugin", plugins.PLUGINS)
+def test_a_plugin_takes_autocast_and_is_frozen_with_its_stage(plugin):
+    backbone = Backbone("resnet26", freeze=4)
+    plugins.add(backbone, plugin)
+    assert not any(p.requires_grad for p in backbone.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone(torch.randn(1, 3, 64, 64))[-1].isfinite().all()
+
+
+def test_a_backbone_has_no_classifier_to_freeze():
+    with pytest.raises(ValueError, match=r"backbone\.freeze is .*has no classifier fc"):
+        Backbone("resnet26", freeze=["fc"])
 
 
 @pytest.mark.parametrize("plugin", plugins.PLUGINS)

@@ -151,6 +151,13 @@ def test_regions_and_their_gradients_are_the_same_bits_on_all_cores(dtype, chann
         assert torch.equal(RoIAlign(7)(levels, boxes), wanted[0])
 
 
+def test_regions_compile_in_one_graph():
+    torch.set_num_threads(2)
+    x, rois = torch.randn(1, 4, 20, 20), torch.tensor([[0.0, 2, 3, 15, 17]])
+    compiled = torch.compile(RoIAlign(7)._pool, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x, rois, 0.5), RoIAlign(7)._pool(x, rois, 0.5))
+
+
 def test_low_quality_matches_need_an_overlap():
     overlaps = torch.tensor([[0.1, 0.35, 0.0], [0.0, 0.2, 0.25], [0.0, 0.0, 0.0]])
     assert LowQualityMatcher(0.7, 0.3, lowest=0.3)(overlaps.clone()).tolist() == [-1, 0, -1]

@@ -8,14 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from models_common import fitted
 from PIL import Image
-from programs import in_process, python
+from programs import ROOT, in_process, python
 
 import involution
 from data.transforms import EvalTransform
+from involution.engine import load
+from involution.engine.config import EvalConfig
+from involution.engine.distributed import World
+from involution.engine.tasks import classification
 from involution.export import save_safetensors
-from involution.loading import evaluation_transform
+from involution.loading import evaluation_transform, open_checkpoint
 from involution.weights import to_released
 from involution.weights.run_file import write
 
@@ -161,6 +166,11 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
     assert [row["class"] for row in rows] == [name for name, _ in expected]
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
 
+    mixed = f'images=["{photos}/notes.txt","{photos}/a.png"]'
+    finished = in_process("eval.py", f"checkpoint={run}", mixed, "data.on_error=skip", "device=cpu")
+    assert (finished.status, finished.result["n"]) == (0, 1), finished.stderr
+    assert "notes.txt cannot be read as a picture" in finished.stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
@@ -173,6 +183,14 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
         (['images="{photos}"', "output=/nowhere/p.csv"], "there is no folder /nowhere"),
         (['images="{photos}"', "contact_sheet=p.jpg"], "contact_sheet is p.jpg; it should end with .png or .pdf"),
         (['images="{photos}"', "contact_sheet={run}/p.png", "layer=conv9_9"], "there is no involution layer conv9_9"),
+        (
+            ['images="{photos}"', "predictions=p.csv"],
+            "predictions= is for data sets; of pictures of your own write out",
+        ),
+        (['images="{photos}"', "per_class=true"], "per_class= is for a data set, which images= goes without"),
+        (["output=p.csv"], "output= is for pictures of your own, images=PATH; for each image of a data set there is"),
+        (["fold=false", "data.root=/gone"], "fold= is for pictures of your own"),
+        (['images="{photos}/notes.txt"', "data.on_error=skip"], "none of 1 files can be read as a picture"),
         (["images=my photo (1) = ö.jpg"], "there is no file or folder my photo (1) = ö.jpg"),
         (["images=~/no photo.jpg"], f"there is no file or folder {Path.home()}/no photo.jpg"),
     ],
@@ -184,3 +202,27 @@ def test_pictures_that_cannot_be_read(run, photos, arguments, message):
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
     assert finished.stdout == ""
+
+
+def test_what_an_evaluation_takes_over_from_training(run, tmp_path, monkeypatch):
+    """Of another folder neither the list of training's bad files; null takes it away; weights alone need a data set."""
+    found = []
+    monkeypatch.setattr(classification, "open_dataset", lambda d: found.append(d) or 1 / 0)
+    trained = {"name": "folder", "root": "/a", "exclude": "/a/list.txt", **PREPARATION}
+    opened = open_checkpoint(run)._replace(data=trained)
+    for checkpoint, given, data in (
+        (opened, [], {}),
+        (opened, ["data.exclude=null"], {}),
+        (opened, ["data.root=/b"], {"root": "/b"}),
+        (opened, ["data.root=/b", "data.exclude=x"], {"root": "/b", "exclude": "x"}),
+    ):
+        monkeypatch.setattr(load, "open_checkpoint", lambda _, opened=checkpoint: opened)
+        empty = dict.fromkeys(yaml.safe_load((ROOT / "conf/data/as_trained.yaml").read_text()))
+        config = EvalConfig(checkpoint=str(run), data=empty | data, class_map=None, batch_size=None, predictions=None)
+        with pytest.raises(ZeroDivisionError):
+            load.build_evaluation(config, given, World(0, 1, torch.device("cpu")))
+    assert [(d.root, d.exclude) for d in found] == [("/a", "/a/list.txt"), ("/a", None), ("/b", None), ("/b", "x")]
+    monkeypatch.setattr(load, "open_checkpoint", lambda _: opened._replace(data={}))
+    for given in ([], ["data.name=imagenet", "data.root=/c"]):
+        with pytest.raises(ValueError, match=r"holds weights alone; say what to evaluate on: data=imagenet data.root="):
+            load.build_evaluation(config, given, World(0, 1, torch.device("cpu")))

@@ -143,6 +143,8 @@ def test_what_a_gpu_puts_back_after_a_skipped_step(name):
 def test_optimizers_that_timm_lacks_are_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"optimizer\.name=lamp is no optimizer of timm; nearest: lamb"):
         timm_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], name="lamp")
+    with pytest.raises(ValueError, match=r"optimizer\.name=adahessian needs second derivatives"):
+        timm_optimizer([{"params": [nn.Parameter(torch.ones(1))]}], name="adahessian")
 
 
 def test_average_follows_weights_and_statistics_with_timms_warm_up():

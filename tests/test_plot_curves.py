@@ -13,6 +13,7 @@ def test_it_draws_runs_and_refuses_other_folders(tmp_path):
     finished = python("scripts/plot_curves.py", str(run), "--out", str(tmp_path / "curves.png"))
     assert finished.stderr == ""
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished.status, finished.stdout) == (0, f"{tmp_path / 'curves.png'}\n")
     refused = python("scripts/plot_curves.py", str(tmp_path))
     assert refused.status == 2
     assert "holds no finished epoch" in refused.stderr

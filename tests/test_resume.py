@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from programs import finish, start
+from programs import finish, python, start
 from reliability import (
     STEPS,
     command,
@@ -100,6 +100,18 @@ def test_a_run_continues_on_another_number_of_ranks(images, tmp_path, ranks, oth
         for run in ("run", "reference")
     )
     torch.testing.assert_close(weights, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_made_shorter_ends_with_the_scores_of_its_end(images, tmp_path):
+    """It stood between two evaluations."""
+    shared = ["data.loader=torch", "train.evaluate_every_epochs=2", "train.keep_checkpoints=20"]
+    assert train(tmp_path / "long", images, *shared, "train.max_steps=6").status == 0
+    between = tmp_path / "long" / "checkpoints" / "step-00000003.pt"
+    ended = train(tmp_path / "short", images, *shared, f"train.resume={between}", "train.max_steps=3")
+    assert ended.status == 0, ended.stderr
+    evaluated = python("eval.py", f"checkpoint={between}", "device=cpu")
+    assert ended.result["val_top1"] == pytest.approx(evaluated.result["top1"])
 
 
 @pytest.mark.slow

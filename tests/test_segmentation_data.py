@@ -11,6 +11,8 @@ from data import segmentation
 from data.cityscapes import CITYSCAPES, IDS, PICTURE, TRAIN_IDS, open_cityscapes
 from data.mask_list import IGNORED, BadMaskError, open_folder
 from data.sampling import Plan
+from involution.engine.tasks.overlays import Overlays
+from involution.engine.tasks.segmented_pictures import LabelFiles, label_names
 
 SIZE = (12, 16)
 
@@ -83,6 +85,27 @@ def test_a_folder_of_images_and_masks(tmp_path):
         open_folder(tmp_path, None)
     with pytest.raises(BadMaskError, match="has the value 1, which is no label"):
         open_folder(tmp_path, ["sky"])[1].read(0)
+
+
+def test_files_that_cannot_be_read_are_the_loaders_where_they_are_to_be_skipped(city):
+    (city / "leftImg8bit/train/a/a_1_0_leftImg8bit.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="or its mask cannot be read"):
+        open_cityscapes(city)
+    train, _ = open_cityscapes(city, on_error="skip")
+    assert len(train) == 2
+    gallery = Overlays(train, [0.5] * 3, [0.2] * 3, None)
+    assert len(gallery.samples) == 1
+    assert Overlays(train.select([1]), [0.5] * 3, [0.2] * 3, None).draw(torch.nn.Linear(1, 1)) == {}
+
+
+def test_label_files_have_names_of_their_own(tmp_path):
+    assert label_names(["/a/x/1.jpg", "/a/x/2.jpg"]) == ["1", "2"]
+    assert label_names(["/a/x/1.jpg", "/a/y/1.jpg"]) == ["x/1", "y/1"]
+    assert label_names(["/a/x/1.jpg", "/a/x/1.png"]) == ["1.jpg", "1.png"]
+    files = LabelFiles(str(tmp_path / "labels"), range(3))
+    for name in ("x/1", "y/1"):
+        files.write(name, torch.ones(2, 2, dtype=torch.int64))
+    assert len(list((tmp_path / "labels").rglob("*.png"))) == 2
 
 
 def test_the_real_layouts_are_read(camvid):

@@ -60,6 +60,8 @@ class Backbone(nn.Module):
             _load(net, name, options, pretrained, pretrained_sha256)
         if freeze is not None:
             net.freeze(freeze)
+        if "fc" in net.frozen:
+            raise ValueError(f"backbone.freeze is {freeze!r}; a backbone has no classifier fc")
         self.frozen, self.norm_eval = net.frozen, norm_eval
         self.stem, self.maxpool = net.stem, net.maxpool  # so are they called in released files too: backbone.stem...
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

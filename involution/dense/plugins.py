@@ -102,7 +102,11 @@ class Deformable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         moved, c = self.offset(x), self.convolution
         mask = moved[:, self.shifts :].sigmoid() if moved.shape[1] > self.shifts else None
-        return deform_conv2d(x, moved[:, : self.shifts], c.weight, c.bias, c.stride, c.padding, c.dilation, mask)
+        tensors = x, moved[:, : self.shifts], c.weight, c.bias
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # there is no bfloat16
+        wide = (None if t is None else t.to(dtype) for t in tensors)
+        mask = None if mask is None else mask.to(dtype)
+        return deform_conv2d(*wide, c.stride, c.padding, c.dilation, mask).to(x.dtype)  # type: ignore[arg-type]
 
     def products(self, x: Tensor, output: Tensor) -> int:
         """Multiply-adds of the convolution, which is not called as a layer; the sampling is not counted."""
@@ -132,4 +136,6 @@ def add(backbone: Backbone, plugin: str) -> None:
             if not isinstance(bottleneck.conv2, nn.Conv2d):
                 raise ValueError(f"plugin is {plugin!r}, which needs the 3x3 convolutions of a ResNet as backbone")
             bottleneck.conv2 = Deformable(bottleneck.conv2, modulated=plugin == "dcn_v2")
+    for name in backbone.frozen:  # with what is new in them
+        getattr(backbone, name).requires_grad_(False)
     backbone.train(backbone.training)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torchvision.ops import roi_align
 from torchvision.ops.poolers import LevelMapper
 
 from involution.dense.backbone import STRIDES
@@ -45,12 +46,11 @@ class RoIAlign(nn.Module):
         """Maps (B, C, H, W), boxes (N, 5) with their image in front -> (N, C, size, size)."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # as under autocast: there is no bfloat16
         wide, rois = x.to(dtype), rois.to(dtype)
-        options = scale, self.size, self.size, self.samples, self.aligned
-        threads = torch.get_num_threads()
-        if threads > 1 and x.device.type == "cpu" and nobody_watches():
+        if x.device.type == "cpu" and nobody_watches() and (threads := torch.get_num_threads()) > 1:
+            options = scale, self.size, self.size, self.samples, self.aligned
             pooled = _OnAllCores.apply(wide, rois, options, threads)
         else:
-            pooled = torch.ops.torchvision.roi_align(wide, rois, *options)
+            pooled = roi_align(wide, rois, (self.size, self.size), scale, self.samples, self.aligned)
         return pooled.to(x.dtype)  # type: ignore[no-any-return]
 
 
@@ -89,7 +89,10 @@ def _by_channels(function: Callable[[Tensor], Tensor], x: Tensor, threads: int) 
 
 @cache
 def _pool_of(threads: int) -> ThreadPoolExecutor:
-    """Threads whose own torch operators run on one core each."""
+    """Threads whose own torch operators run on one core each.
+
+    Other threads whose first torch operator falls into the making of the pool, a fraction of a millisecond, do too.
+    """
     pool = ThreadPoolExecutor(threads, "roi-align", torch.set_num_threads, (1,))
     all_are_there = Barrier(threads)
     list(pool.map(lambda _: all_are_there.wait(), range(threads)))

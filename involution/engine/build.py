@@ -73,7 +73,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         freeze(model, o.freeze)
     if world.is_main:
         run.describe(plain, world)
-        log.info("%s\n%s%s", config.model["name"], remark, complexity.count(model, setup.input_shape(config.data)))
+        log.info("%s\n%s%s", config.model["name"], remark, _cost(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
     if o.batchnorm_size is not None:
         use_ghost_batches(model, o.batchnorm_size)
@@ -104,6 +104,14 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if world.is_main:
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def _cost(model: torch.nn.Module, shape: tuple[int, int, int]) -> str:
+    """The table of parameters and FLOPs."""
+    try:
+        return str(complexity.count(model, shape))
+    except Exception as error:  # whatever a model of timm's does with shapes alone
+        return f"its FLOPs cannot be counted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
 
 def synchronised(wanted: Any, world: World) -> bool:

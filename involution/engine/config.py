@@ -79,6 +79,10 @@ class EvalConfig:
     fold: bool = MISSING
 
 
+# keys of eval.py that mean something for one of its two uses alone
+FOR_PICTURES = ("output", "contact_sheet", "layer", "fold", "min_score")  # images=
+FOR_DATA = ("results", "class_map", "per_class")  # a data set
+
 CHOICES = {
     "logging": ("tensorboard", "wandb"),
     "device": ("auto", "cpu", "cuda"),
@@ -237,6 +241,20 @@ def _check_range(key: str, value: Any, low: float, high: float | None) -> None:
 def given(overrides: Iterable[str]) -> set[str]:
     """The keys that a command line sets."""
     return {override.partition("=")[0].lstrip("+") for override in overrides}
+
+
+def refuse_other_use(config: EvalConfig, overrides: Iterable[str]) -> None:
+    """Refuse keys that would be passed over: of pictures for a data set, and the other way round.
+
+    Raises:
+        UserError: naming the key.
+    """
+    pictures = config.images is not None
+    for key in FOR_DATA if pictures else FOR_PICTURES:
+        if key in given(overrides):
+            instead = "; for each image of a data set there is predictions=FILE" if key == "output" else ""
+            use = "a data set, which images= goes without" if pictures else "pictures of your own, images=PATH"
+            raise UserError(f"{key}= is for {use}{instead}")
 
 
 def nearest(name: str, known: Any) -> list[str]:

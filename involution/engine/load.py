@@ -21,6 +21,7 @@ from involution.loading import IMAGENET, Opened, input_channels, open_checkpoint
 from involution.models import from_timm
 
 EVAL_BATCH = 64
+NULLABLE = ("exclude", "window")  # of data: null on the command line means none, elsewhere as it was trained
 
 
 class Prepared(NamedTuple):
@@ -127,11 +128,14 @@ def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[I
 
 def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]) -> Any:
     """What to evaluate on, prepared as in training where the checkpoint tells how."""
+    typed = given(overrides)
     if "name" in opened.data:
         trained = setup.DATA(**opened.data)
         if config.data["name"] not in (None, trained.name):
             trained.root = trained.exclude = None
-    elif config.data["name"] is None:
+        elif config.data["root"] is not None and trained.name.endswith("folder"):  # another data set, too
+            trained.exclude = None
+    elif config.data["name"] is None or "data.name" in typed:  # a name alone does not say how pictures are prepared
         raise UserError(
             f"{config.checkpoint} holds weights alone; say what to evaluate on: data=imagenet data.root=..."
         )
@@ -140,7 +144,8 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
     chosen = {
         key: value
         for key, value in config.data.items()
-        if value is not None and (key not in setup.PREPARATION or f"data.{key}" in given(overrides))
+        if (value is not None or (key in NULLABLE and f"data.{key}" in typed))
+        and (key not in setup.PREPARATION or f"data.{key}" in typed)
     }
     if "val_size" in chosen and "val_resize" not in chosen and hasattr(trained, "val_resize"):
         crop, resize = (opened.data.get(key, IMAGENET[key]) for key in ("val_size", "val_resize"))

@@ -1,6 +1,7 @@
 """An epoch's sums, as state: they survive a restart in the middle of it, on any number of ranks."""
 
 import resource
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -95,4 +96,4 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory ever in use: on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

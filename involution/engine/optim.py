@@ -62,14 +62,16 @@ def timm_optimizer(groups: list[dict[str, Any]], *, name: str, **options: Any) -
     """An optimizer of timm by its name there.
 
     Raises:
-        ValueError: it has none of that name; with the nearest ones.
+        ValueError: it has none of that name, with the nearest ones; or it is of second order.
     """
-    from timm.optim import create_optimizer_v2, list_optimizers
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 
     known = [str(one) for one in list_optimizers()]
     if name not in known:
         near = ", ".join(difflib.get_close_matches(name, known)) or "timm.optim.list_optimizers()"
         raise ValueError(f"optimizer.name={name} is no optimizer of timm; nearest: {near}")
+    if get_optimizer_info(name).second_order:
+        raise ValueError(f"optimizer.name={name} needs second derivatives, which training does not make")
     return create_optimizer_v2(groups, name, **options)  # type: ignore[arg-type]
 
 

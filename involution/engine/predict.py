@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ from involution.engine.tasks import Predictor, task_of
 from involution.folding import fold_parts
 from involution.loading import open_checkpoint
 
+log = logging.getLogger("involution")
 Predictions = list[tuple[Path, Any]]  # file, and what the task's Predictor says of it
 Writer = Callable[[Path, Predictions, Predictor], None]
 
@@ -36,6 +38,8 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     Raises:
         ValueError: for a checkpoint, picture or output file that cannot be used.
     """
+    from involution.engine.tasks import segmentation  # which imports this file
+
     if world.size > 1:
         raise UserError("images= runs in one process; start it with plain `python eval.py ...`")
     if isinstance(config.checkpoint, list):
@@ -44,18 +48,24 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     outputs = _outputs(config)
     opened = open_checkpoint(config.checkpoint)
     setup = task_of(opened.name)
+    if config.predictions is not None and setup is not segmentation:
+        raise UserError("predictions= is for data sets; of pictures of your own write output=FILE.csv or .json")
     told = {k: config.data[k] for k in setup.PREPARATION if k in config.data and f"data.{k}" in given(overrides)}
     predictor = setup.predictor(opened, config, told, device)
     predictions: Predictions = []
     started = time.perf_counter()
-    for batch in _batches(paths, config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, predictor.channels):
+    size, skip = config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, config.data.get("on_error") == "skip"
+    for batch in _batches(paths, size, predictor.channels, skip):
         with autocast(device, config.precision):
             found = predictor.predict(batch)
         for (path, _), prediction in zip(batch, found, strict=True):
             print_text(predictor.text(path, prediction))
             predictions.append((path, prediction))
     seconds = time.perf_counter() - started
-    print_text(f"{len(paths)} pictures in {seconds:.2f} s: {len(paths) / seconds:.1f} a second")
+    if not predictions:
+        raise UserError(f"images: none of {len(paths)} files can be read as a picture")
+    count = len(predictions)
+    print_text(f"{count} pictures in {seconds:.2f} s: {count / seconds:.1f} a second")
     for path, write in outputs:
         try:
             write(path, predictions, predictor)
@@ -68,14 +78,26 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     }
 
 
-def _batches(paths: list[Path], size: int, channels: int) -> Iterator[list[tuple[Path, Any]]]:
-    """Pictures with their paths, `size` at a time: threads decode a batch while the one before it is looked at."""
+def _batches(paths: list[Path], size: int, channels: int, skip: bool) -> Iterator[list[tuple[Path, Any]]]:
+    """Pictures with their paths, `size` at a time: threads decode a batch while the one before it is looked at.
+
+    skip: name files that are no pictures and go on, instead of stopping.
+    """
     with ThreadPoolExecutor() as pool:
         ahead: list[Future[Any]] = []
         for start in range(0, len(paths), size):
             now = ahead or [pool.submit(open_picture, path, channels) for path in paths[:size]]
             ahead = [pool.submit(open_picture, path, channels) for path in paths[start + size : start + 2 * size]]
-            yield [(path, picture.result()) for path, picture in zip(paths[start : start + size], now, strict=True)]
+            batch = []
+            for path, picture in zip(paths[start : start + size], now, strict=True):
+                try:
+                    batch.append((path, picture.result()))
+                except UserError as error:
+                    if not skip:
+                        raise
+                    log.warning("%s", error)
+            if batch:
+                yield batch
 
 
 def for_pictures(model: nn.Module, config: EvalConfig, device: torch.device) -> nn.Module:

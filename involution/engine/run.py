@@ -169,10 +169,10 @@ def _version(package: str) -> str | None:
 
 def _git(repository: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
 class _LogFile(logging.FileHandler):

@@ -85,6 +85,7 @@ class Trainer:
         self.closed = 0  # the last step that was evaluated and recorded
         self.best: float | None = None
         self.metrics: dict[str, Any] = {}  # of the last evaluation
+        self.evaluated = 0  # the step of that
 
     def fit(self) -> dict[str, Any]:
         """Train to the end and return the run's summary.
@@ -105,6 +106,8 @@ class Trainer:
                 while self.step < self.limit or self.closed != self.step:
                     self.train_epoch(batches)
                     self.finish_epoch()
+                if self.evaluated != self.step:  # the run was to be longer once, and ends between two evaluations
+                    self.evaluate()
                 self.agreement.finish()
                 self.checkpoints.wait()
                 self.report_left_out()
@@ -191,7 +194,6 @@ class Trainer:
         scores: dict[str, Any] = {}
         if epoch % self.options.evaluate_every_epochs == 0 or self.step == self.limit:
             scores = self.evaluate()
-            self.metrics = {name: scores[name] for name in self.task.names}  # without how long it took
         score = scores.get(self.task.headline)
         better = score is not None and (self.best is None or score > self.best)
         is_best = better and not self.learner.guard.in_row.item()
@@ -215,6 +217,8 @@ class Trainer:
         )  # fmt: skip
         with autocast(self.world.device, self.options.precision):  # other types would compile other kernels
             self.monitor.evaluated(model, self.step)
+        self.metrics = {name: scores[name] for name in self.task.names}  # without how long it took
+        self.evaluated = self.step
         return scores
 
     def save(self, is_best: bool = False) -> None:
@@ -237,6 +241,7 @@ class Trainer:
             "closed": self.closed,
             "best": self.best,
             "metrics": self.metrics,
+            "evaluated": self.evaluated,
             **self.extra_state,
         }
 
@@ -247,6 +252,7 @@ class Trainer:
         set_rng_state(state["rng"], self.world)
         self.step, self.closed = state["step"], state["closed"]
         self.best, self.metrics = state["best"], state["metrics"]
+        self.evaluated = state.get("evaluated", self.closed)
 
     def report_left_out(self) -> None:
         """Say how many files the ranks met that could not be read (data.on_error=skip). A collective call."""

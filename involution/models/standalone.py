@@ -113,7 +113,7 @@ class AttentionStem(NotTraced, nn.Module):
         y = F.scaled_dot_product_attention(query, key, value, mask, scale=1.0)
         blocks = (x.shape[0], x.shape[2] // BLOCK, x.shape[3] // BLOCK)
         y = y.unflatten(2, (BLOCK, BLOCK)).unflatten(0, blocks)  # B rows columns heads 4 4 D
-        y = y.permute(0, 3, 6, 1, 4, 2, 5).reshape(x.shape[0], -1, x.shape[2], x.shape[3])
+        y = y.permute(0, 3, 6, 1, 4, 2, 5).reshape(x.shape[0], self.query.out_channels, *x.shape[2:])
         return sequence(y[:, :, :height, :width], self.bn1, self.act1)
 
     def mixed(self, values: Tensor) -> Tensor:

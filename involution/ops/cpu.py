@@ -43,6 +43,8 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
     """Why these tensors cannot run here, or None."""
     if input.device.type != "cpu" or kernel.device.type != "cpu":
         return "the tensors are not on the CPU"
+    if kernel.dtype != input.dtype:
+        return f"the tensors are {input.dtype} and {kernel.dtype}"
     if input.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         return f"{input.dtype} is not a type it knows"
     return _failure(build.instruction_set(), input.dtype == torch.bfloat16)

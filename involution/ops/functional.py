@@ -198,5 +198,6 @@ def _check_span(input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | N
 def _check_same(name: str, tensor: Tensor, input: Tensor, other: str = "input") -> None:
     if tensor.device != input.device:
         raise ValueError(f"{name} is on {tensor.device}; it should be on {input.device}, where {other} is")
-    if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+    wide = torch.float64 in (tensor.dtype, input.dtype)  # which autocast leaves as it is
+    if tensor.dtype != input.dtype and (wide or not torch.is_autocast_enabled(input.device.type)):
         raise ValueError(f"{name} is {tensor.dtype}; it should be {input.dtype}, as {other} is (or use autocast)")

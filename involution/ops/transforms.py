@@ -23,6 +23,10 @@ def active() -> bool:
 def apply(name: str, first: Tensor, second: Tensor, *options: int) -> Tensor:
     """The map ``torch.ops.involution.<name>``, see bilinear.py."""
     if active():
+        device = first.device.type
+        if torch.is_autocast_enabled(device):  # here, for the operator would cast behind the function's back
+            dtype = torch.get_autocast_dtype(device)
+            first, second = (t if t.dtype == torch.float64 else t.to(dtype) for t in (first, second))
         return _Bilinear.apply(name, first, second, *options)
     return getattr(torch.ops.involution, name)(first, second, *options)
 

@@ -4,6 +4,7 @@ Shapes: H x W pixels; N classes.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.cityscapes import CITYSCAPES
+from data.decode import BadImageError
 from data.mask_list import IGNORED, MaskList, palette
 from data.transforms import normalise
 from involution.engine.tasks.mean_iou import classify
@@ -44,11 +46,17 @@ class Overlays:
     def __init__(self, split: MaskList, mean: Sequence[float], std: Sequence[float], window: Any) -> None:
         self.mean, self.std, self.window, self.colours = mean, std, window, split.colours
         chosen = np.unique(np.linspace(0, len(split) - 1, min(SAMPLES, len(split))).astype(int))
-        self.samples = [(np.asarray(image), classes) for image, classes in map(split.read, chosen.tolist())]
+        self.samples: list[tuple[np.ndarray, np.ndarray]] = []
+        for index in chosen.tolist():
+            with suppress(BadImageError):  # the loader says so
+                image, classes = split.read(index)
+                self.samples.append((np.asarray(image), classes))
 
     @torch.no_grad()
     def draw(self, model: nn.Module) -> dict[str, Tensor]:
         """A row a sample: picture, truth, prediction."""
+        if not self.samples:
+            return {}
         device = next(model.parameters()).device
         rows = []
         with evaluating(model):

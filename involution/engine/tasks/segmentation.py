@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.tasks.mean_iou import MeanIou
 from involution.engine.tasks.overlays import Overlays
-from involution.engine.tasks.segmented_pictures import LabelFiles, SegmentedPictures
+from involution.engine.tasks.segmented_pictures import LabelFiles, SegmentedPictures, label_names
 from involution.loading import Opened
 
 if TYPE_CHECKING:
@@ -144,8 +143,8 @@ def open_dataset(d: SegmentationData) -> tuple[MaskList, MaskList]:
     if d.name == "demo_segmentation":
         return cityscapes.open_demo(d.root)
     if d.name == "cityscapes":
-        return cityscapes.open_cityscapes(d.root)
-    return mask_list.open_folder(d.root, d.classes)
+        return cityscapes.open_cityscapes(d.root, on_error=d.on_error)
+    return mask_list.open_folder(d.root, d.classes, d.on_error)
 
 
 def train_loader(split: MaskList, config: TrainConfig, world: World) -> MaskTrainLoader:
@@ -184,10 +183,10 @@ def evaluation(loader: MaskEvalLoader, predictions: str | None) -> MeanIou:
     if predictions is None:
         return MeanIou(split.class_names, settings.window)
     files = LabelFiles(predictions, split.values)
+    names = label_names([split.images[i].removesuffix(cityscapes.PICTURE) for i in range(len(split))])
 
     def save(index: int, classes: Tensor) -> None:
-        name = os.path.basename(split.images[index]).removesuffix(cityscapes.PICTURE)
-        files.write(os.path.splitext(name)[0], classes)
+        files.write(names[index], classes)
 
     return MeanIou(split.class_names, settings.window, save)
 

@@ -1,6 +1,7 @@
 """The classes of the pixels of the user's own pictures: shares, overlays, label files."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from data.cityscapes import CITYSCAPES
 from data.transforms import normalise
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
-from involution.engine.predict import for_pictures, open_picture
+from involution.engine.predict import find_images, for_pictures, open_picture
 from involution.engine.tasks.mean_iou import classify
 from involution.engine.tasks.overlays import colours_of, overlay, write_sheet
 from involution.loading import IMAGENET, Opened
@@ -45,7 +46,21 @@ class LabelFiles:
             raise UserError(f"predictions is {folder}; it should be a folder: {error.strerror}") from error
 
     def write(self, name: str, classes: Tensor) -> None:
-        Image.fromarray(self.values[classes.cpu().numpy()]).save(self.folder / f"{name}.png")
+        path = self.folder / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(self.values[classes.cpu().numpy()]).save(path)
+
+
+def label_names(pictures: Sequence[str]) -> list[str]:
+    """A label file's name for each picture, all different: its own, or with the folders below the common one; the
+    ending stays where only that tells two apart."""
+    common = os.path.commonpath([os.path.dirname(path) for path in pictures]) if pictures else ""
+    relative = [os.path.relpath(path, common) for path in pictures]
+    without_ending = [os.path.splitext(path)[0] for path in relative]
+    for names in ([os.path.basename(path) for path in without_ending], without_ending):
+        if len(set(names)) == len(names):
+            return names
+    return relative
 
 
 class SegmentedPictures:
@@ -63,6 +78,8 @@ class SegmentedPictures:
         city = self.class_names == CITYSCAPES.names
         values = CITYSCAPES.values if city else np.arange(len(self.class_names))
         self.files = None if config.predictions is None else LabelFiles(config.predictions, values)
+        pictures = [os.path.abspath(path) for path in find_images(config.images)] if self.files else []
+        self.names = dict(zip(pictures, label_names(pictures)))
 
     @torch.inference_mode()
     def predict(self, pictures: Sequence[tuple[Path, Image.Image]]) -> list[Segmented]:
@@ -72,7 +89,7 @@ class SegmentedPictures:
         pixels = normalise(torch.from_numpy(picture)[None].to(self.device), self.mean, self.std, torch.float32)
         classes = classify(self.model, pixels, picture.shape[:2], self.window)
         if self.files is not None:
-            self.files.write(path.stem, classes)
+            self.files.write(self.names[os.path.abspath(path)], classes)
         counts = np.bincount(classes.cpu().numpy().ravel(), minlength=len(self.class_names))
         order = np.argsort(-counts, kind="stable")
         shares = {self.class_names[i]: counts[i] / counts.sum() for i in order.tolist() if counts[i]}
