@@ -101,7 +101,8 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """The program's result, with the speed over the whole course and the most memory that an epoch took."""
-        lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        metrics = self.path / "metrics.jsonl"  # which a run has none of that began at its end (train.resume=PATH)
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
         if seconds := sum(line["seconds"] for line in lines):
             summary = summary | {
                 "images_per_s": sum(line["images_per_s"] * line["seconds"] for line in lines) / seconds,
