@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,13 +62,20 @@ def open_dataset(
         splits = DataSplits(train, list_flat(base, train.class_names))
     else:
         splits = DataSplits(train, _numbered(_list(base, val, may_be_empty=True), train, base))
+    return DataSplits(*without_excluded(base, exclude, splits))
+
+
+def without_excluded(
+    base: Path, exclude: str | os.PathLike[str] | None, lists: Sequence[ImageList]
+) -> Sequence[ImageList]:
+    """Lists of images below `base` without those of the file `exclude`, or, where it is None, of `base`/excluded.txt."""
     listed = base / EXCLUDED if exclude is None else Path(exclude)
     if exclude is None and not listed.is_file():
-        return splits
+        return lists
     exclusions = Exclusions(listed, base)
-    splits = DataSplits(*(exclusions.without(images) for images in splits))
+    kept = [exclusions.without(images) for images in lists]
     exclusions.report()
-    return splits
+    return kept
 
 
 def _list(base: Path, split: str, may_be_empty: bool = False) -> ImageList:

@@ -96,6 +96,9 @@ def test_a_part_of_the_classes_under_other_names(checkpoints, images, tmp_path):
     assert found["top1"] == pytest.approx((expected.argmax(1) == targets).float().mean().item() * 100)
     assert found["loss"] == pytest.approx(torch.nn.functional.cross_entropy(expected, targets).item(), rel=1e-3)
     assert (found["n"], found["labelled"]) == (12, 12)
+    (part / "excluded.txt").write_text("x/0.jpg\n")
+    fewer = in_process(*EVAL, *words, f"class_map={tmp_path}/map.txt")
+    assert json.loads(fewer.stdout.splitlines()[-1])["n"] == 11, fewer.stderr
     for text, message in (
         ("x a", "lacks 1 of the data set's classes: 7"),
         ("x d\n7 b", "the model has no class d"),

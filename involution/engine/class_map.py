@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from data import Batch, ImageList
+from data.datasets import without_excluded
 from data.folder import list_folder
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
@@ -52,14 +53,18 @@ class MappedAccuracy(Accuracy):
         return scores | {"n": round(n), "labelled": round(labelled)}
 
 
-def list_images(root: str) -> ImageList:
+def list_images(root: str, exclude: str | None = None) -> ImageList:
     """The pictures of a folder with ``<class>/`` in it or in its ``val/``; there need be none to train on.
+
+    Args:
+        exclude: file with pictures to leave out; without it ``root``/excluded.txt counts.
 
     Raises:
         ValueError: there are none.
     """
     folder = Path(root).absolute()
-    return list_folder(folder / "val" if (folder / "val").is_dir() else folder)
+    images = list_folder(folder / "val" if (folder / "val").is_dir() else folder)
+    return without_excluded(folder, exclude, [images])[0]
 
 
 def apply(file: str, images: ImageList, known: Sequence[str]) -> tuple[ImageList, Tensor]:
