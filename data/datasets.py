@@ -68,7 +68,7 @@ def open_dataset(
 def without_excluded(
     base: Path, exclude: str | os.PathLike[str] | None, lists: Sequence[ImageList]
 ) -> Sequence[ImageList]:
-    """Lists of images below `base` without those of the file `exclude`, or, where it is None, of `base`/excluded.txt."""
+    """Lists of images below `base` without those of the file `exclude` or, where that is None, `base`/excluded.txt."""
     listed = base / EXCLUDED if exclude is None else Path(exclude)
     if exclude is None and not listed.is_file():
         return lists
