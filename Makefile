@@ -22,7 +22,7 @@ demo: setup
 	@echo "    $(VENV)/bin/tensorboard --logdir runs"
 	@echo "Try next, after 'source $(VENV)/bin/activate':"
 	@echo "    python train.py recipe=demo model=resnet26"
-	@echo "    python train.py -m recipe=demo model.kernel_size=3,5,7 train.epochs=2"
+	@echo "    python train.py -m recipe=demo model.kernel_size=3,5,7 train.epochs=2 name=kernel-sizes"
 
 test: lint
 	$(RUN) -m pytest --numprocesses=2

@@ -75,7 +75,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     timing.clock = time.process_time if args.clock == "cpu" else time.perf_counter
     report = Report(args.title, conditions(args))
-    args.run(args, report)
+    try:
+        args.run(args, report)
+    except (ValueError, FileNotFoundError) as error:  # a folder that is none, most likely
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        sys.exit(2)
     report.finish(args.out)
 
 

@@ -6,6 +6,7 @@ The figures of the paper are docs/paper/*.csv, printed to one decimal; FLOPs are
 (involution/complexity.py). Tables 3, 4, 5 and 7 are in dense_table.py.
 """
 
+import argparse
 import csv
 import functools
 from pathlib import Path
@@ -123,9 +124,10 @@ def markdown(title: str, rows: list[tuple[str, Complexity, dict[str, str]]]) -> 
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
+def main() -> None:
     import dense_table
 
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(markdown("Table 1", table1()))
     print()
     print(markdown("Table 1, self-attention", attention()))
@@ -133,3 +135,7 @@ if __name__ == "__main__":
     print(markdown("Table 6 (RedNet-50)", table6()))
     for title, rows in dense_table.tables():
         print(f"\n{dense_table.markdown(title, rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -69,8 +69,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--shard-size is {arguments.shard_size:g}; it should be a number of MB above 0")
     output = arguments.output
     try:
-        if any(output.glob("*.tar")):
-            raise ValueError(f"{str(output)!r} has tar files already; give a new folder or remove them")
+        if output.is_dir() and any(output.iterdir()):
+            raise ValueError(f"{str(output)!r} has something in it; give a new or an empty folder")
         splits = open_dataset(arguments.data, arguments.root)
         odd = [name for name in splits.train.class_names if "\n" in name or name.endswith("\r")]
         if odd:

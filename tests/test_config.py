@@ -203,6 +203,17 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["recipe=demo", "output_root=/dev/null/runs"], "cannot write to /dev/null/runs"),
         (["recipe=demo", "output_root={tmp}", "name=taken"], "taken: File exists; set output_root to a folder"),
         (["recipe=demo", f"name={'n' * 300}"], "File name too long"),
+        (["model.name=resnet50"], "model.name is for model=timm; this project's networks are chosen by model=resnet50"),
+        (
+            ["recipe=coco", "model=rednet26"],
+            "with this backbone: model=faster_rcnn (or retinanet, ",
+        ),
+        (
+            ["recipe=demo_detection", "model=rednet26"],
+            "s or segmentor's backbone: model.backbone.name=red",
+        ),
+        (["model=convnext_tiny"], "is unknown; one of timm's would be model=timm model.name=convnext_tiny. Known: aa_"),
+        (["--model", "rednet50"], "--model: options are KEY=VALUE, without dashes, as in model=rednet50"),
         (["recipe=demo", "data.train_size=[64,64]"], "expected a number of pixels or {epoch: pixels}"),
         (
             ["recipe=demo", "data.loader=torch", "data.workers=0", "train.batch_size=1", "train.global_batch_size=2"],

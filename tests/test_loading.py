@@ -130,7 +130,11 @@ def test_the_transform_is_that_of_evaluations(size):
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no file .*best.pt"):
+    with pytest.raises(ValueError, match=r"there is no file .*best.pt: .* is no folder of a run"):
+        involution.load(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.pt").touch()
+    with pytest.raises(ValueError, match=r"has not been evaluated yet; take .*last.pt"):
         involution.load(tmp_path)
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
@@ -187,6 +191,7 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
             ['images="{photos}"', "predictions=p.csv"],
             "predictions= is for data sets; of pictures of your own write out",
         ),
+        (['images="{photos}"', "min_score=0.5"], "min_score= is for detectors"),
         (['images="{photos}"', "per_class=true"], "per_class= is for a data set, which images= goes without"),
         (["output=p.csv"], "output= is for pictures of your own, images=PATH; for each image of a data set there is"),
         (["fold=false", "data.root=/gone"], "fold= is for pictures of your own"),

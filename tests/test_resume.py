@@ -112,6 +112,11 @@ def test_a_run_that_is_made_shorter_ends_with_the_scores_of_its_end(images, tmp_
     assert ended.status == 0, ended.stderr
     evaluated = python("eval.py", f"checkpoint={between}", "device=cpu")
     assert ended.result["val_top1"] == pytest.approx(evaluated.result["top1"])
+    before = (tmp_path / "long" / "config.yaml").read_bytes()
+    other = train(tmp_path / "long", images, *shared, "train.max_steps=6", "train.label_smoothing=0.2")
+    assert other.status == 2, other.stderr
+    assert "this run has ended, with other settings: train.label_smoothing was 0.1, is 0.2" in other.stderr
+    assert (tmp_path / "long" / "config.yaml").read_bytes() == before
 
 
 @pytest.mark.slow

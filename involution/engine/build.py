@@ -35,6 +35,11 @@ DEFINING = (
     "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
     "train.layer_decay", "optimizer._target_", "optimizer.name",
 )  # fmt: skip
+# other values of these make a run that has ended another result
+COURSE = (
+    "optimizer.", "schedule.", "augmentation.", "data.train_size", "train.label_smoothing", "train.loss",
+    "train.clip_grad_norm", "train.ema_decay",
+)  # fmt: skip
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -61,8 +66,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     run.open()
     log_to(run.path / "train.log", world.is_main)
     state = state_to_resume(o.resume, run, world)
-    if state is not None:
-        _check_same_run(state, plain, train.fingerprint)
+    changed = {} if state is None else _check_same_run(state, plain, train.fingerprint)
 
     seed_everything(config.seed, world, config.deterministic)
     use_tf32(o.tf32)
@@ -72,7 +76,6 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if o.freeze is not None:
         freeze(model, o.freeze)
     if world.is_main:
-        run.describe(plain, world)
         log.info("%s\n%s%s", config.model["name"], remark, _cost(model, setup.input_shape(config.data)))
     model = to_device(model, world.device, o.channels_last)
     if o.batchnorm_size is not None:
@@ -101,7 +104,13 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     )
     if state is not None:
         trainer.load_state_dict(state)
+    if trainer.ended and (other := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if k.startswith(COURSE)]):
+        raise UserError(
+            f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
+            "over in the same folder with train.resume=never"
+        )
     if world.is_main:
+        run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
     return trainer
 
@@ -191,8 +200,8 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     return found[1] if found else read(path)
 
 
-def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any]) -> None:
-    """Refuse to continue a run as another one; report what else has changed."""
+def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Refuse to continue a run as another one; report, and return, what else has changed."""
     changed = differences(state["config"], now)
     fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
     if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
@@ -209,6 +218,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
         log.warning("continuing with %s=%s, which was %s", key, b, a)
     if state["data"] != data_set:
         log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set)
+    return changed
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data import BadImageError
 from involution.checks import SizeError, strict_json
@@ -31,7 +33,6 @@ from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Pre
 
 log = logging.getLogger("involution")
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
-_TIMM = "; timm's: model=timm model.name=NAME"
 OTHER_FOLDER = "set output_root to a folder you can write to"
 
 
@@ -50,6 +51,7 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
         in_sweep = HydraConfig.get().mode == RunMode.MULTIRUN
         try:
             _refuse_study_alone(in_sweep)
+            _refuse_name_of_another_model()
             main(config)
         except Exception as error:
             _remove_unused_folder()
@@ -75,6 +77,14 @@ def _refuse_study_alone(in_sweep: bool) -> None:
         )
 
 
+def _refuse_name_of_another_model() -> None:
+    """A model's options come with its group; its name alone would meet another model's."""
+    node = HydraConfig.get()
+    names = [each.partition("=")[2] for each in node.overrides.task if each.startswith("model.name=")]
+    if names and node.runtime.choices.get("model") not in (None, "timm"):
+        raise UserError(f"model.name is for model=timm; this project's networks are chosen by model={names[-1]}")
+
+
 def _remove_unused_folder() -> None:
     """Hydra makes a run's folder before the run has anything to write; a run that never began leaves none."""
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -95,6 +105,7 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
                 print_text(help.text(os.path.basename(sys.argv[0]), config_dir, config_name, sys.argv[1:]))
                 return
             _refuse_sweep_on_every_rank()
+            _refuse_dashes()
             sys.argv[1:] = arguments.keep_text(sys.argv[1:])
             main()
         except _Leave as carrier:
@@ -106,6 +117,8 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
         status = 0
     except HydraException as error:
         status, message = EXIT_USAGE, _explain(error, config_dir, config_name)
+    except OmegaConfBaseException as error:
+        status, message = EXIT_USAGE, _explain_value(error)
     except Preempted as stopped:
         status, message, requeue = EXIT_PREEMPTED, str(stopped), stopped.requeue
     except KeyboardInterrupt:
@@ -124,6 +137,11 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return EXIT_ERROR, str(error)
     if _disk_is_full(error):
         return EXIT_ERROR, f"{error}: make room and run again"
+    if isinstance(error, torch.OutOfMemoryError):
+        return EXIT_USAGE, (
+            f"{str(error).splitlines()[0]} Take a smaller train.batch_size (the global batch stays, for gradients are "
+            "accumulated; BatchNorm sees fewer images), or train.precision=bf16; in eval.py a smaller batch_size"
+        )
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
         return EXIT_USAGE, f"{error.filename}: {error.strerror}"
     return EXIT_ERROR, "".join(traceback.format_exception(error))
@@ -188,6 +206,26 @@ def _refuse_sweep_on_every_rank() -> None:
         )
 
 
+def _refuse_dashes() -> None:
+    """Hydra would answer `--model rednet50` with its own usage."""
+    for argument in sys.argv[1:]:
+        name = argument.partition("=")[0]
+        if name.startswith("-") and name not in get_args_parser()._option_string_actions:
+            raise UserError(f"{argument}: options are KEY=VALUE, without dashes, as in model=rednet50")
+
+
+def _explain_value(error: OmegaConfBaseException) -> str:
+    """What OmegaConf says of a value that it cannot make, with the usual reason."""
+    text = str(error).splitlines()[0]
+    if "model.backbone" in text:
+        names = [argument[6:] for argument in sys.argv[1:] if argument.startswith("model=")] or ["rednet50"]
+        text += (
+            f". The recipe is for a detector or segmentor; with this backbone: model=faster_rcnn (or retinanet, "
+            f"mask_rcnn, semantic_fpn, upernet) model.backbone.name={names[-1]}"
+        )
+    return text
+
+
 def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     """Hydra's message, with the nearest valid key or group option."""
     text = str(error).strip()
@@ -202,8 +240,9 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     ):
         group, _, name = option[1].rpartition("/")
         known = [known for known in option[3].split() if not known.startswith("_")]
-        others = _TIMM if group == "model" else ""
-        return f"{group}={name} is unknown{hint(nearest(name, known))} Known: {', '.join(known)}{others}"
+        near = hint(nearest(name, known))
+        others = f"; one of timm's would be model=timm model.name={name}" if group == "model" and not near else ""
+        return f"{group}={name} is unknown{near or others + '.'} Known: {', '.join(known)}"
     return text
 
 

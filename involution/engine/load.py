@@ -161,7 +161,8 @@ def _check_classes(opened: Opened, names: Sequence[str], checkpoint: str) -> Non
     if known is not None and list(names) != known:
         raise UserError(
             f"the data set's classes ({', '.join(names[:3])}, ...) are not those that the checkpoint was trained on "
-            f"({', '.join(known[:3])}, ...)"
+            f"({', '.join(known[:3])}, ...); say which are which by class_map=FILE (docs/data.md), or learn them: "
+            f"train.py recipe=finetune checkpoint=..."
         )
     if known is None and opened.model.num_classes != len(names):
         raise UserError(f"{checkpoint} knows {opened.model.num_classes} classes, the data set has {len(names)}")

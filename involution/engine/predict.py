@@ -38,7 +38,7 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     Raises:
         ValueError: for a checkpoint, picture or output file that cannot be used.
     """
-    from involution.engine.tasks import segmentation  # which imports this file
+    from involution.engine.tasks import classification, detection, segmentation  # which import this file
 
     if world.size > 1:
         raise UserError("images= runs in one process; start it with plain `python eval.py ...`")
@@ -50,6 +50,9 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     setup = task_of(opened.name)
     if config.predictions is not None and setup is not segmentation:
         raise UserError("predictions= is for data sets; of pictures of your own write output=FILE.csv or .json")
+    for key, owner, what in (("min_score", detection, "detectors"), ("layer", classification, "classifiers")):
+        if key in given(overrides) and setup is not owner:
+            raise UserError(f"{key}= is for {what}")
     told = {k: config.data[k] for k in setup.PREPARATION if k in config.data and f"data.{k}" in given(overrides)}
     predictor = setup.predictor(opened, config, told, device)
     predictions: Predictions = []

@@ -117,6 +117,11 @@ class Trainer:
             self.monitor.close()
         return self.summary()
 
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.step >= self.limit and self.closed == self.step
+
     def close(self) -> None:
         """Stop the loaders' processes and threads."""
         self.train_loader.close()

@@ -192,7 +192,10 @@ def why_unreadable(error: Exception) -> str:
             "save its weights alone: torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')"
         )
     if (operand := re.search(r"Unsupported operand (\d+)", told)) and int(operand[1]) > 127:  # protocols from 3 on
-        return "it was saved with another pickle_protocol than torch's own; save it with torch.save(weights, FILE)"
+        return (
+            "it is no file of weights (.pt, .pth, .safetensors, .pdparams), or was saved with another pickle_protocol "
+            "than torch's own; save it with torch.save(weights, FILE)"
+        )
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "torch.save did not write it, or not all of it is there"
     return told.splitlines()[0] if told else type(error).__name__

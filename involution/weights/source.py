@@ -50,7 +50,7 @@ def fetch(location: str | Path, sha256: str | None = None) -> Path:
             raise
         return path
     if path.is_dir():
-        path = path / "checkpoints" / "best.pt"
+        path = _best_of(path)
     elif name in PUBLISHED and not path.exists():
         published = PUBLISHED[name]
         path = _kept(published.url, Path(urlparse(published.url).path).name)
@@ -136,6 +136,20 @@ def _hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _best_of(folder: Path) -> Path:
+    """The best checkpoint of a run.
+
+    Raises:
+        ValueError: there is none; what to do.
+    """
+    best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
+    if best.is_file():
+        return best
+    if last.is_file():
+        raise ValueError(f"there is no file {best}: the run has not been evaluated yet; take {last}")
+    raise ValueError(f"there is no file {best}: {folder} is no folder of a run")
 
 
 def _check(path: Path, sha256: str | None) -> None:

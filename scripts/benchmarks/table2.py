@@ -11,7 +11,8 @@ FAMILIES = {"san19_pairwise": "SAN19", "axial_resnet_s": "Axial ResNet-S"}
 NOTE = (
     "In the paper's order; its GPU is a TITAN Xp, its CPU a Xeon E5-2660 v4. Milliseconds of different machines do not "
     "compare, the last two columns do: how many times as fast as ResNet-50. Rows without figures of ours were not "
-    "measured in this run (SAN19, here pairwise, and Axial ResNet-S: --attention)."
+    "measured in this run (SAN19, here pairwise, and Axial ResNet-S: --attention; those two are folded, the others "
+    "compiled). The last column divides medians."
 )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from involution.engine.errors import UserError
+from involution.models import DENSE
 
 if TYPE_CHECKING:
     from involution.engine.config import EvalConfig, TrainConfig
@@ -169,7 +170,8 @@ def check_data(model: str, data: str | None) -> Setup:
     """
     setup = task_of(model)
     if data is not None and data not in setup.DATASETS:
+        backbone = "" if model in DENSE else f"; as a detector's or segmentor's backbone: model.backbone.name={model}"
         raise UserError(
-            f"model={model} cannot be trained on data={data}: its task takes data={'|'.join(setup.DATASETS)}"
+            f"model={model} cannot be trained on data={data}: its task takes data={'|'.join(setup.DATASETS)}{backbone}"
         )
     return setup
