@@ -20,6 +20,7 @@ from involution.engine.distributed import init_world, leave_world
 from involution.engine.load import evaluate_each, write_results
 from involution.engine.predict import predict_images
 from involution.engine.run import log_to
+from involution.engine.state import use_tf32
 
 CONF = Path(__file__).resolve().parent / "conf"
 
@@ -30,6 +31,7 @@ def main(composed: DictConfig) -> None:
     config = validate(composed, EvalConfig)
     refuse_other_use(config, HydraConfig.get().overrides.task)
     world = init_world(config.device)
+    use_tf32(config.tf32)
     atexit.register(leave_world)
     log_to(None, world.is_main)
     if config.images is not None:

@@ -3,12 +3,15 @@
 import logging
 import platform
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from programs import python
 
-from involution.engine import device
+from involution.engine import build, device
+from involution.engine.distributed import World
 from involution.engine.errors import UserError
 
 
@@ -78,3 +81,26 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
     assert int(faults) < 100_000  # 80 MiB ten times have 204800 pages; a heap that grows once more faults them in once
     kept, faults = python("-c", FAULTS, MALLOC_ARENA_MAX="2").stdout.split()
     assert kept == "False"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"name": "rednet50", "global_pool": "avg"}, None),
+        ({"name": "resnet50", "global_pool": "max"}, "model.global_pool=max; avg can be"),
+        ({"name": "semantic_fpn"}, None),
+        ({"name": "upernet"}, "model=upernet"),
+        ({"name": "faster_rcnn", "roi_samples": 2}, None),
+        ({"name": "faster_rcnn", "roi_samples": 0}, "model.roi_samples=0"),
+        ({"name": "retinanet", "plugin": "dcn"}, "model.plugin=dcn"),
+    ],
+)
+def test_what_a_gpu_cannot_repeat_is_refused_with_its_key(model: dict[str, Any], message: str | None) -> None:
+    for deterministic, kind in ((True, "cpu"), (False, "cuda"), (True, "cuda")):
+        config: Any = SimpleNamespace(model=model, deterministic=deterministic)
+        world = World(0, 1, torch.device(kind))
+        if message is None or not deterministic or kind == "cpu":
+            build._check_deterministic(config, world)
+        else:
+            with pytest.raises(UserError, match=f"deterministic=true: on a GPU .*{message}"):
+                build._check_deterministic(config, world)

@@ -188,3 +188,30 @@ def test_a_run_resumed_after_its_last_step_saves_what_it_loaded():
     evaluated = learner(cosine)
     evaluated.load_state_dict(copy.deepcopy(last))
     assert digest(resumed.state_dict()) == digest(evaluated.state_dict()) == digest(last)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_momenta_lie_in_memory_as_their_weights_do_now(optimizer):
+    """Saved in channels_last, loaded without: fused optimizers would mix up their places, and on GPUs refuse them."""
+    arguments = {"momentum": 0.9} if optimizer is torch.optim.SGD else {}
+
+    def run(formats):
+        torch.manual_seed(0)
+        model, state = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()), None
+        images = torch.randn(3, 4, 3, 8, 8)
+        for step, form in enumerate(formats):
+            model = copy.deepcopy(model).to(memory_format=form)
+            options = TrainOptions(
+                precision="fp32", compile=False, clip_grad_norm=None, ema_decay=None, max_bad_steps=2
+            )
+            made = optimizer(model.parameters(), lr=0.1, fused=True, **arguments)
+            world = World(0, 1, torch.device("cpu"))
+            one = Learner(model, Classification(), made, lambda _: 0.1, options, world)
+            if state is not None:
+                one.load_state_dict(state)
+            one.step(step, [Batch(images[step], torch.tensor([0, 1, 1, 0]), 4)], 1, 4)
+            state = copy.deepcopy(one.state_dict())
+        return [p.detach().contiguous() for p in model.parameters()]
+
+    last, first = torch.channels_last, torch.contiguous_format
+    torch.testing.assert_close(run([last, first, last]), run([first, first, first]), rtol=1e-5, atol=1e-6)

@@ -14,6 +14,11 @@ from scripts.check_kernels import Layer, Norm, launches, layers_of, norms_of
 from scripts.kernels import prediction
 
 triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from involution.ops import triton_plans  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -73,6 +78,36 @@ def test_a_tile_depends_on_the_shape_alone() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize("layer", [Layer((64, 56, 56), 4, 7, 1, 1, 16), Layer((64, 56, 56), 4, 7, 2, 1, None)])
+def test_one_compilation_serves_images_of_all_sizes(layer: Layer) -> None:
+    """Detectors meet other sizes at every step, and ranks others than their neighbours."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found = []
+    for size in ((64, 56, 56), (64, 57, 112), (64, 25, 31)):
+        signatures = {}
+        for name, launch in launches(layer._replace(size=size), torch.bfloat16, 3).items():
+            function = launch.kernel
+            bind = create_function_from_signature(function.signature, function.params, backend)
+            arguments = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
+            integers = {k for k, v in arguments.items() if type(v) is int}
+            _, specialization, _ = bind(**launch.arguments, num_warps=launch.warps)
+            parameters = [p.name for p in function.params]
+            signatures[name] = [s for p, s in zip(parameters, specialization, strict=True) if p in integers]
+        found.append(signatures)
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_newer_and_the_older_name_of_tf32_agree() -> None:
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        for name, wanted in (("ieee", False), ("tf32", True)):
+            torch.backends.cudnn.conv.fp32_precision = name
+            assert triton_plans._convolutions_use_tf32() == wanted
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
 def test_says_why_it_cannot_run_on_a_cpu() -> None:
     from involution.ops import triton_backend
 

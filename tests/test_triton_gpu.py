@@ -45,7 +45,8 @@ def close(values: list[torch.Tensor], expected: list[torch.Tensor], dtype: torch
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("stage", list(STAGES))
-def test_values_and_gradients(stage: int, dtype: torch.dtype, stride: int) -> None:
+def test_values_and_gradients(stage: int, dtype: torch.dtype, stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     leaves = operands(stage, dtype, stride)
     exact = [v.detach().double().requires_grad_() for v in leaves]
     out = span_involution2d(*leaves, 7, stride=stride)
@@ -61,6 +62,17 @@ def test_values_and_gradients(stage: int, dtype: torch.dtype, stride: int) -> No
     expected = reference.involution2d(*pair, stride, 3, 1)
     references = [expected, *torch.autograd.grad(expected, pair, grad.double())]
     close([out, *torch.autograd.grad(out, [leaves[0], kernel], grad)], references, dtype)
+
+
+def test_tf32_rounds_the_factors_of_the_span_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaves = operands(3, torch.float32)
+    found = []
+    for allowed in (True, False):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+        out = span_involution2d(*leaves, 7)
+        found.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(*found, strict=True)]
+    assert 0 < max(errors) < 2e-3, errors
 
 
 @pytest.mark.parametrize("stage", list(STAGES))

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401 (its operators)
 from torch import Tensor
-from torchvision.ops import roi_align
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Tensor:
@@ -21,7 +21,8 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
         matched: (N,) the mask of each box.
     """
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], 1)
-    cut = roi_align(masks[:, None].to(boxes.dtype), rois, (size, size), 1.0, 0, aligned=True)
+    # the operator itself: torchvision's function takes a detour in deterministic mode, for the sake of gradients
+    cut = torch.ops.torchvision.roi_align(masks[:, None].to(boxes.dtype), rois, 1.0, size, size, 0, True)
     return (cut[:, 0] >= 0.5).to(boxes.dtype)
 
 

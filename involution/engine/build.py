@@ -55,6 +55,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     setup = check_data(config.model["name"], config.data.name)
     remark = check_model(config.model)
     setup.check(config, world)
+    _check_deterministic(config, world)
     boards.check(config.logging)
     train, val = setup.open_dataset(config.data)
     if not len(train):
@@ -68,8 +69,10 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     state = state_to_resume(o.resume, run, world)
     changed = {} if state is None else _check_same_run(state, plain, train.fingerprint)
 
-    seed_everything(config.seed, world, config.deterministic)
+    seed_everything(config.seed, world, config.deterministic, setup.SIZES_VARY)
     use_tf32(o.tf32)
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(world.device)  # of the sweep's last job
     model: Any = create_model(**config.model if state is None else without_weights(config.model))
     if config.checkpoint is not None and state is None:
         start_from(model, config.model, config.checkpoint, config.data, train.class_names)
@@ -113,6 +116,21 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def _check_deterministic(config: TrainConfig, world: World) -> None:
+    """torch and torchvision have no repeatable backward for some layers on a GPU, or one that takes gigabytes a box."""
+    model = config.model
+    if not config.deterministic or world.device.type != "cuda":
+        return
+    for found, what in (
+        (model["name"] == "upernet", "model=upernet (its pooling); semantic_fpn can be"),
+        (model.get("global_pool") in ("max", "avgmax"), f"model.global_pool={model.get('global_pool')}; avg can be"),
+        (str(model.get("plugin")).startswith("dcn"), f"model.plugin={model.get('plugin')}"),
+        (model.get("roi_samples") == 0, "model.roi_samples=0 (RoIAlign); 2 can be, as torchvision's detectors have it"),
+    ):
+        if found:
+            raise UserError(f"deterministic=true: on a GPU training cannot be repeated to the bit with {what}")
 
 
 def _cost(model: torch.nn.Module, shape: tuple[int, int, int]) -> str:

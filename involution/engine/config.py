@@ -65,6 +65,7 @@ class EvalConfig:
     checkpoint: Any = MISSING  # a path or a list of paths
     batch_size: int | None = MISSING
     precision: str = MISSING
+    tf32: bool = MISSING
     device: str = MISSING
     data: dict[str, Any] = MISSING  # null: as the checkpoint was trained
     predictions: str | None = MISSING

@@ -140,6 +140,10 @@ class Learner:
         own = ("params", "lr")
         configured = [{k: v for k, v in group.items() if k not in own} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, kept in self.optimizer.state.items():  # fused optimizers go through memory as it lies
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         for group, values in zip(self.optimizer.param_groups, configured, strict=True):
             group.update(values)
         self.scaler.load_state_dict(state["scaler"] or self.scaler.state_dict())

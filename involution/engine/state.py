@@ -16,13 +16,16 @@ def use_tf32(wanted: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = wanted
 
 
-def seed_everything(seed: int, world: World, deterministic: bool) -> None:
-    """Seed Python, NumPy and torch, and in deterministic mode choose repeatable algorithms."""
+def seed_everything(seed: int, world: World, deterministic: bool, sizes_vary: bool) -> None:
+    """Seed Python, NumPy and torch, and in deterministic mode choose repeatable algorithms.
+
+    sizes_vary: pictures of every step have other sizes, for each of which cuDNN would measure all its algorithms anew.
+    """
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.benchmark = not deterministic and not sizes_vary
     if deterministic and world.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -102,7 +102,7 @@ def products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block,
     return products
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "H", "W", "HO", "WO"])
 def grad_kernel_kernel(x, grad, out, x_strides, grad_strides, out_strides, total, H, W, HO, WO, G: tl.constexpr,
                        GC: tl.constexpr, K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr,
                        KP: tl.constexpr, LOG_KP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr,
@@ -138,7 +138,7 @@ def tap_matrix(products, dtype: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.const
     return tl.reshape(tl.permute(tile, (0, 3, 1, 2)), (J * 8, GB * KP))
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "H", "W", "HO", "WO"])
 def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strides, total, H, W, HO, WO,
                         G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
                         P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, RP: tl.constexpr,
@@ -167,7 +167,7 @@ def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strid
     tl.store(out + (offset[:, None] + (r * out_strides[1])[None, :]), acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["total", "parts"])
+@triton.jit(do_not_specialize=["total", "parts", "H", "W", "HO", "WO"])
 def grad_weight_kernel(x, grad, reduced, weight_parts, bias_parts, x_strides, grad_strides, reduced_strides, total,
                        parts, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
                        S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,

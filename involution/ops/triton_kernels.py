@@ -52,7 +52,7 @@ from .triton_taps import (
 )
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "H", "W", "HO", "WO"])
 def forward_kernel(x, kernel, reduced, weight, bias, out, x_strides, kernel_strides, reduced_strides, out_strides,
                    total, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
                    S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
@@ -99,7 +99,7 @@ def forward_kernel(x, kernel, reduced, weight, bias, out, x_strides, kernel_stri
     store_run(out, out_strides, acc, b, y, tl.where(ok, x0, WO), WO, channel, channel_ok, RUN)
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "H", "W", "HO", "WO"])
 def grad_input_kernel(grad, kernel, reduced, weight, bias, out, grad_strides, kernel_strides, reduced_strides,
                       out_strides, total, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr,
                       K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,

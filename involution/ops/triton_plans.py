@@ -54,8 +54,14 @@ def common_arguments(
     if reduced is not None:
         arguments |= {"R": reduced.shape[1], "RP": max(16, tiles.power(reduced.shape[1]))}
         # the span is a convolution, so that its products are as exact as cuDNN's are set to be
-        arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+        arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and _convolutions_use_tf32() else "ieee"
     return arguments
+
+
+def _convolutions_use_tf32() -> bool:
+    """cuDNN's setting. The older name of it raises where a program has used the newer one."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
 
 
 def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:

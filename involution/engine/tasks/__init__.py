@@ -121,6 +121,7 @@ class Setup(Protocol):
     AUGMENTATION: type  # of its `augmentation`
     DATASETS: tuple[str, ...]  # values of data.name
     EVAL_BATCH: int | None  # samples that an evaluation takes at once unless told; None: as many as fit
+    SIZES_VARY: bool  # whether the pictures of each training step have sizes of their own
     PREPARATION: tuple[str, ...]  # keys of `data` that are part of what a model has learned: eval.py keeps them
     PRINTED: tuple[str, ...]  # results that eval.py prints, in this order
 

@@ -31,6 +31,7 @@ DATA: type = DataConfig
 AUGMENTATION: type = AugmentationConfig
 DATASETS: tuple[str, ...] = ("demo", "imagenet", "imagenette", "cifar10", "folder")
 EVAL_BATCH: int | None = None
+SIZES_VARY: bool = False
 PREPARATION: tuple[str, ...] = ("train_size", "val_size", "val_resize", "mean", "std")
 PRINTED: tuple[str, ...] = ("top1", "top5", "loss", "n")
 COLUMNS = ("index", "path", "target", "predicted", "correct")  # of predictions=FILE.csv

@@ -48,6 +48,7 @@ DATA: type = DetectionData
 AUGMENTATION: type = DetectionAugmentation
 DATASETS: tuple[str, ...] = loaders.DATASETS
 EVAL_BATCH: int | None = 1  # padding to a common size changes what is found
+SIZES_VARY: bool = True
 PREPARATION: tuple[str, ...] = ()  # sizes and normalisation are the model's own
 PRINTED: tuple[str, ...] = (*NAMES, *MASK_NAMES, "n", "seconds", "scoring_seconds")
 PARTS = {

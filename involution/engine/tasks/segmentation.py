@@ -55,6 +55,7 @@ DATA: type = SegmentationData
 AUGMENTATION: type = SegmentationAugmentation
 DATASETS: tuple[str, ...] = ("cityscapes", "demo_segmentation", "segmentation_folder")
 EVAL_BATCH: int | None = None
+SIZES_VARY: bool = False
 PREPARATION: tuple[str, ...] = ("train_size", "window", "mean", "std", "classes")
 PRINTED: tuple[str, ...] = ("miou", "loss", "n", "iou")
 
