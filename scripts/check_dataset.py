@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{path}: {reason}".encode("utf-8", "backslashreplace").decode())
     print(f"{len(bad)} of {sum(len(images) for images in splits)} images cannot be read", end="")
     try:
-        if output.exists():  # lists are edited by hand too
+        if output.is_file():  # lists are edited by hand too
             os.replace(output, output.with_name(f"{output.name}.before"))
         if bad:
             write_list(output, bad, base)

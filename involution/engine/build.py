@@ -13,6 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
+from involution.checks import SizeError
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig, differences
@@ -137,6 +138,8 @@ def _cost(model: torch.nn.Module, shape: tuple[int, int, int]) -> str:
     """The table of parameters and FLOPs."""
     try:
         return str(complexity.count(model, shape))
+    except SizeError:
+        raise
     except Exception as error:  # whatever a model of timm's does with shapes alone
         return f"its FLOPs cannot be counted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
 
