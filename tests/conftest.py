@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401 (before anything imports distutils: torch's compiler driver fails otherwise)
 import torch
 
 from involution.ops import build
