@@ -4,13 +4,16 @@ import logging
 import os
 import shutil
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import setuptools  # noqa: F401 (before anything imports distutils: torch's compiler driver fails otherwise)
 import torch
 
 from involution.ops import build
+
+with suppress(ImportError):  # before anything imports distutils: torch's compiler driver fails otherwise
+    import setuptools  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
