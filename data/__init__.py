@@ -91,9 +91,8 @@ def train_loader(
         ValueError: an argument is impossible, or DALI was asked for and is not installed.
     """
     sizes = dict(train_size) if isinstance(train_size, Mapping) else train_size
-    if not all(isinstance(size, int) for size in (sizes.values() if isinstance(sizes, dict) else [sizes])):
-        raise ValueError(f"train_size is {train_size!r}, expected a number of pixels or {{epoch: pixels}}")
-    if min(sizes.values() if isinstance(sizes, dict) else [sizes], default=0) < 1:
+    numbers = list(sizes.values()) if isinstance(sizes, dict) else [sizes]
+    if not numbers or not all(isinstance(number, int) and number >= 1 for number in numbers):
         raise ValueError(f"train_size is {train_size!r}, expected a positive number of pixels or {{epoch: pixels}}")
     if isinstance(sizes, dict) and 0 not in sizes:
         raise ValueError(f"train_size schedule {train_size!r} has no size for epoch 0, e.g. {{0: 128, 30: 224}}")

@@ -95,7 +95,8 @@ class MaskList:
 def pairs(images: Sequence[Path], masks: Sequence[Path], on_error: str = "stop") -> tuple[Names, Names]:
     """The paths of pictures and their masks, after a look at the first bytes of each.
 
-    on_error: with "skip", files that cannot be read are left for the loader to skip and count.
+    Args:
+        on_error: with "skip", files that cannot be read are left for the loader to skip and count.
 
     Raises:
         ValueError: a picture and its mask have other sizes, or a mask holds colours.

@@ -38,6 +38,11 @@ def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:
     return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line; its kind where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def printable(name: object) -> str:
     """A name in one line of text that every stream takes: line ends, controls and bytes that are no UTF-8 escaped."""
     odd = r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from involution.calls import Calls
-from involution.checks import NotScripted
+from involution.checks import NotScripted, first_line
 from involution.kernel_generation import BottleneckGeneration
 from involution.layers import Involution2d
 from involution.ops import folded
@@ -59,7 +59,7 @@ def fold(model: nn.Module) -> nn.Module:
             return found
         reason = "it calls other modules once some are replaced"
     except Exception as error:  # whatever a forward does with symbolic values
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
     warnings.warn(
         f"{type(model).__name__} is not folded: torch.fx cannot tell the order of its layers ({reason}); fold parts of "
         "it, as in model.backbone = fold(model.backbone)",

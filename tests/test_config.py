@@ -214,7 +214,7 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         ),
         (["model=convnext_tiny"], "is unknown; one of timm's would be model=timm model.name=convnext_tiny. Known: aa_"),
         (["--model", "rednet50"], "--model: options are KEY=VALUE, without dashes, as in model=rednet50"),
-        (["recipe=demo", "data.train_size=[64,64]"], "expected a number of pixels or {epoch: pixels}"),
+        (["recipe=demo", "data.train_size=[64,64]"], "expected a positive number of pixels or {epoch: pixels}"),
         (
             ["recipe=demo", "data.loader=torch", "data.workers=0", "train.batch_size=1", "train.global_batch_size=2"],
             "train.batch_size=1 leaves it one pixel of one image",

@@ -17,7 +17,6 @@ import involution
 from data.transforms import EvalTransform
 from involution.engine import load
 from involution.engine.config import EvalConfig
-from involution.engine.distributed import World
 from involution.engine.tasks import classification
 from involution.export import save_safetensors
 from involution.loading import evaluation_transform, open_checkpoint
@@ -209,25 +208,21 @@ def test_pictures_that_cannot_be_read(run, photos, arguments, message):
     assert finished.stdout == ""
 
 
-def test_what_an_evaluation_takes_over_from_training(run, tmp_path, monkeypatch):
-    """Of another folder neither the list of training's bad files; null takes it away; weights alone need a data set."""
-    found = []
-    monkeypatch.setattr(classification, "open_dataset", lambda d: found.append(d) or 1 / 0)
+def test_what_an_evaluation_takes_over_from_training(run):
+    """Of another folder not the list of training's bad files; null takes it away; weights alone need a data set."""
     trained = {"name": "folder", "root": "/a", "exclude": "/a/list.txt", **PREPARATION}
     opened = open_checkpoint(run)._replace(data=trained)
-    for checkpoint, given, data in (
-        (opened, [], {}),
-        (opened, ["data.exclude=null"], {}),
-        (opened, ["data.root=/b"], {"root": "/b"}),
-        (opened, ["data.root=/b", "data.exclude=x"], {"root": "/b", "exclude": "x"}),
-    ):
-        monkeypatch.setattr(load, "open_checkpoint", lambda _, opened=checkpoint: opened)
-        empty = dict.fromkeys(yaml.safe_load((ROOT / "conf/data/as_trained.yaml").read_text()))
-        config = EvalConfig(checkpoint=str(run), data=empty | data, class_map=None, batch_size=None, predictions=None)
-        with pytest.raises(ZeroDivisionError):
-            load.build_evaluation(config, given, World(0, 1, torch.device("cpu")))
-    assert [(d.root, d.exclude) for d in found] == [("/a", "/a/list.txt"), ("/a", None), ("/b", None), ("/b", "x")]
-    monkeypatch.setattr(load, "open_checkpoint", lambda _: opened._replace(data={}))
-    for given in ([], ["data.name=imagenet", "data.root=/c"]):
+    empty = yaml.safe_load((ROOT / "conf/data/as_trained.yaml").read_text())
+
+    def taken(opened, given, **data):
+        config = EvalConfig(checkpoint=str(run), data=empty | data)
+        found = load._data(opened, classification, config, given)
+        return found.root, found.exclude
+
+    assert taken(opened, []) == ("/a", "/a/list.txt")
+    assert taken(opened, ["data.exclude=null"]) == ("/a", None)
+    assert taken(opened, ["data.root=/b"], root="/b") == ("/b", None)
+    assert taken(opened, ["data.root=/b", "data.exclude=x"], root="/b", exclude="x") == ("/b", "x")
+    for given, data in (([], {}), (["data.name=imagenet", "data.root=/c"], {"name": "imagenet", "root": "/c"})):
         with pytest.raises(ValueError, match=r"holds weights alone; say what to evaluate on: data=imagenet data.root="):
-            load.build_evaluation(config, given, World(0, 1, torch.device("cpu")))
+            taken(opened._replace(data={}), given, **data)

@@ -77,7 +77,6 @@ def test_a_tile_depends_on_the_shape_alone() -> None:
     assert tiles[1] == tiles[256]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
 @pytest.mark.parametrize("layer", [Layer((64, 56, 56), 4, 7, 1, 1, 16), Layer((64, 56, 56), 4, 7, 2, 1, None)])
 def test_one_compilation_serves_images_of_all_sizes(layer: Layer) -> None:
@@ -89,11 +88,9 @@ def test_one_compilation_serves_images_of_all_sizes(layer: Layer) -> None:
         for name, launch in launches(layer._replace(size=size), torch.bfloat16, 3).items():
             function = launch.kernel
             bind = create_function_from_signature(function.signature, function.params, backend)
-            arguments = {k: v for k, v in launch.arguments.items() if not isinstance(v, torch.Tensor)}
-            integers = {k for k, v in arguments.items() if type(v) is int}
             _, specialization, _ = bind(**launch.arguments, num_warps=launch.warps)
-            parameters = [p.name for p in function.params]
-            signatures[name] = [s for p, s in zip(parameters, specialization, strict=True) if p in integers]
+            kinds = zip(function.params, specialization, strict=True)
+            signatures[name] = [kind for p, kind in kinds if type(launch.arguments[p.name]) is int]
         found.append(signatures)
     assert found[0] == found[1] == found[2]
 
@@ -108,6 +105,7 @@ def test_the_newer_and_the_older_name_of_tf32_agree() -> None:
         torch.backends.cudnn.conv.fp32_precision = before
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
 def test_says_why_it_cannot_run_on_a_cpu() -> None:
     from involution.ops import triton_backend
 

@@ -102,10 +102,9 @@ class Deformable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         moved, c = self.offset(x), self.convolution
         mask = moved[:, self.shifts :].sigmoid() if moved.shape[1] > self.shifts else None
-        tensors = x, moved[:, : self.shifts], c.weight, c.bias
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # there is no bfloat16
-        wide = (None if t is None else t.to(dtype) for t in tensors)
-        mask = None if mask is None else mask.to(dtype)
+        dtype = torch.promote_types(x.dtype, torch.float32)  # there is no bfloat16
+        tensors = x, moved[:, : self.shifts], c.weight, c.bias, mask
+        *wide, mask = (None if t is None else t.to(dtype) for t in tensors)
         return deform_conv2d(*wide, c.stride, c.padding, c.dilation, mask).to(x.dtype)  # type: ignore[arg-type]
 
     def products(self, x: Tensor, output: Tensor) -> int:

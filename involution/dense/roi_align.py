@@ -44,7 +44,7 @@ class RoIAlign(nn.Module):
 
     def _pool(self, x: Tensor, rois: Tensor, scale: float) -> Tensor:
         """Maps (B, C, H, W), boxes (N, 5) with their image in front -> (N, C, size, size)."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # as under autocast: there is no bfloat16
+        dtype = torch.promote_types(x.dtype, torch.float32)  # as under autocast: there is no bfloat16
         wide, rois = x.to(dtype), rois.to(dtype)
         if x.device.type == "cpu" and nobody_watches() and (threads := torch.get_num_threads()) > 1:
             options = scale, self.size, self.size, self.samples, self.aligned

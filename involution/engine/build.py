@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
-from involution.checks import SizeError
+from involution.checks import SizeError, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig, differences
@@ -141,7 +141,7 @@ def _cost(model: torch.nn.Module, shape: tuple[int, int, int]) -> str:
     except SizeError:
         raise
     except Exception as error:  # whatever a model of timm's does with shapes alone
-        return f"its FLOPs cannot be counted: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return f"its FLOPs cannot be counted: {first_line(error)}"
 
 
 def synchronised(wanted: Any, world: World) -> bool:

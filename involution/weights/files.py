@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from involution.checks import first_line
+
 StateDict = dict[str, Tensor]
 
 #: where training programs keep their weights, the averaged ones first
@@ -198,7 +200,7 @@ def why_unreadable(error: Exception) -> str:
         )
     if isinstance(error, pickle.UnpicklingError | EOFError):
         return "torch.save did not write it, or not all of it is there"
-    return told.splitlines()[0] if told else type(error).__name__
+    return first_line(error)
 
 
 def notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
