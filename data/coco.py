@@ -16,8 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from data.decode import BadImageError
-from data.image_list import Names
+from data.image_list import Names, read_file
 
 SMALLEST_IMAGE = 32  # pixels a side, below which an image is left out of training (Chen et al., mmdetection)
 SMALLEST_BOX = 1.0  # pixels a side, below which an object is
@@ -67,9 +66,9 @@ class CocoImages:
         return len(self.ids)
 
     @property
-    def has_masks(self) -> bool:
-        """Whether every object has one."""
-        return bool(np.all(np.diff(self.masks.offsets) > 0))
+    def without_masks(self) -> int:
+        """How many objects have none."""
+        return int(np.sum(np.diff(self.masks.offsets) == 0))
 
     @property
     def owners(self) -> np.ndarray:
@@ -103,11 +102,7 @@ class CocoImages:
         Raises:
             BadImageError: the file cannot be read.
         """
-        try:
-            with open(self.paths[index], "rb", buffering=0) as file:
-                return file.read()
-        except OSError as error:
-            raise BadImageError(self.paths[index], error.strerror or str(error)) from error
+        return read_file(self.paths[index])
 
     def select(self, keep: Sequence[int] | np.ndarray) -> "CocoImages":
         """The images at the sorted indices `keep`; categories stay."""

@@ -6,6 +6,7 @@ Only the files of train and val are opened: captions, key points and panoptic on
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,8 @@ def open_coco(root: str | os.PathLike[str] | None, layouts: Sequence[tuple[str, 
     Raises:
         ValueError: something is missing, or contradicts itself.
     """
-    if not root:
-        raise ValueError("this data set needs its folder: set data.root to the folder with annotations/")
-    base = Path(os.path.abspath(root))
-    if not base.is_dir():
-        raise ValueError(f"data folder {str(base)!r} does not exist; set data.root to the folder with annotations/")
-    train, val = (read_split(*_find(base, split, layouts)) for split in ("train", "val"))
+    train, val = (open_coco_split(root, layouts, split) for split in ("train", "val"))
+    base = Path(os.path.abspath(root or ""))
     _check_categories(train, val, base)
     learnable = train.learnable()
     if not len(learnable):
@@ -53,6 +50,16 @@ def open_coco(root: str | os.PathLike[str] | None, layouts: Sequence[tuple[str, 
         len(learnable), len(train), len(train.labels) - small - crowd, len(train) - len(learnable), small, crowd,
     )  # fmt: skip
     return CocoSplits(learnable, val)
+
+
+def open_coco_split(root: str | os.PathLike[str] | None, layouts: Sequence[tuple[str, str]], split: str) -> CocoImages:
+    """All images of one split of `open_coco`; the same errors."""
+    if not root:
+        raise ValueError("this data set needs its folder: set data.root to the folder with annotations/")
+    base = Path(os.path.abspath(root))
+    if not base.is_dir():
+        raise ValueError(f"data folder {str(base)!r} does not exist; set data.root to the folder with annotations/")
+    return read_split(*_find(base, split, layouts))
 
 
 def _find(base: Path, split: str, layouts: Sequence[tuple[str, str]]) -> tuple[Path, Path]:
@@ -99,12 +106,14 @@ class _Reader:
             raise ValueError(f"{str(self.path)!r} lists no {'categories' if len(ids) else 'images'}")
         if len(np.unique(ids)) != len(ids):
             raise ValueError(f"{str(self.path)!r} lists an image id twice")
+        numbers = {category["id"]: k for k, category in enumerate(categories)}
+        if len(numbers) != len(categories):
+            raise ValueError(f"{str(self.path)!r} lists a category id twice")
         self._check_files([image["file_name"] for image in listed])
         sizes = np.array([(image["height"], image["width"]) for image in listed], np.int32)
         names = Names.pack(os.fsencode(image["file_name"]) for image in listed)
         names.prefix = f"{self.folder}/"
         rows, owner = self._sorted_objects(ids)
-        numbers = {category["id"]: k for k, category in enumerate(categories)}
         if strange := [row for row in rows if row["category_id"] not in numbers]:
             what = "object {id} has category {category_id}, which is not listed".format(**strange[0])
             raise self.fail(len(strange), what)
@@ -117,14 +126,14 @@ class _Reader:
             np.array([bool(row.get("iscrowd", 0)) for row in rows], bool),
             Names.pack(self._masks(rows, sizes[owner])),
             np.array([category["id"] for category in categories], np.int64),
-            tuple(str(category["name"]) for category in categories),
+            tuple(_names(categories)),
             self.path.stat().st_size,
         )  # fmt: skip
 
     def _check_files(self, names: list[str]) -> None:
         there = image_names(self.folder)
         # file names with folders in them are looked up one by one
-        absent = [n for n in names if n not in there and not ("/" in n and (self.folder / n).is_file())]
+        absent = [n for n in names if n not in there and not ("/" in n and Path(f"{self.folder}/{n}").is_file())]
         if absent:
             raise ValueError(
                 f"{len(absent)} of {len(names)} images of {str(self.path)!r} are not in {str(self.folder)!r}, "
@@ -174,6 +183,14 @@ class _Reader:
                 yield rle(shape, size) if shape else b""
             except Exception as error:  # pycocotools raises almost every type
                 raise self.fail(1, f"object {row.get('id')} in image {row['image_id']}: its mask {error}") from error
+
+
+def _names(categories: list[dict[str, Any]]) -> Iterator[str]:
+    """Their names, with the id where several have the same one."""
+    counts = Counter(str(category["name"]) for category in categories)
+    for category in categories:
+        name = str(category["name"])
+        yield name if counts[name] == 1 else f"{name} ({category['id']})"
 
 
 def rle(shape: Any, size: list[int]) -> bytes:

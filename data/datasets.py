@@ -39,11 +39,24 @@ def open_dataset(
         root: its folder, with train/<class>/ and val/<class>/, or shards train-*.tar and val-*.tar, or parquet files
             train-*.parquet and validation-*.parquet (or val-*), there or in data/. imagenet also takes the original
             flat val/ together with val.txt or the development kit.
-        exclude: file with images to leave out, a path relative to `root` a line; without it `root`/excluded.txt counts.
+        exclude: file with images to leave out, a path relative to `folder_of(name, root)` a line; without it that
+            folder's excluded.txt counts.
 
     Raises:
         ValueError: the folder is missing or empty, or val has classes that train lacks.
     """
+    base = folder_of(name, root)
+    train = _list(base, "train")
+    val = "test" if name == "cifar10" and not (base / "val").exists() else "val"
+    if name == "imagenet" and has_images(base / val):
+        splits = DataSplits(train, list_flat(base, train.class_names))
+    else:
+        splits = DataSplits(train, _numbered(_list(base, val, may_be_empty=True), train, base))
+    return DataSplits(*without_excluded(base, exclude, splits))
+
+
+def folder_of(name: str, root: str | os.PathLike[str] | None) -> Path:
+    """The folder with the pictures of a data set, below `root` where it was downloaded; errors as in `open_dataset`."""
     prepare: dict[str, Callable[[str | os.PathLike[str] | None], Path]] = {
         "demo": demo_root,
         "imagenet": _given,
@@ -56,13 +69,7 @@ def open_dataset(
     base = Path(os.path.abspath(prepare[name](root)))
     if not base.is_dir():
         raise ValueError(f"data folder {str(base)!r} does not exist; set data.root to the folder with train/ and val/")
-    train = _list(base, "train")
-    val = "test" if name == "cifar10" and not (base / "val").exists() else "val"
-    if name == "imagenet" and has_images(base / val):
-        splits = DataSplits(train, list_flat(base, train.class_names))
-    else:
-        splits = DataSplits(train, _numbered(_list(base, val, may_be_empty=True), train, base))
-    return DataSplits(*without_excluded(base, exclude, splits))
+    return base
 
 
 def without_excluded(

@@ -1,10 +1,15 @@
-"""Encoded bytes -> picture, as Pillow's `Image.open(...).convert("RGB")` does it (the Exif orientation is ignored)."""
+"""Encoded bytes -> picture, as Pillow reads it (of 16 bits too: involution/pictures.py)."""
 
 import io
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-ADVICE = "run scripts/check_dataset.py to find all such files and exclude them, or set data.on_error=skip"
+from involution.pictures import to_rgb
+
+ADVICE = (
+    "data.on_error=skip leaves such files out, and scripts/check_dataset.py finds all that a classifier's data set has"
+)
+ORIENTATION = 0x0112  # Exif's tag
 #: the pixels that a picture may have: Pillow's own limit against small files that unpack to gigabytes
 MAX_PIXELS = 2 * (1024**3 // 12)
 Image.MAX_IMAGE_PIXELS = None  # for `decode` counts itself, by a limit that can be chosen
@@ -27,8 +32,14 @@ class BadImageError(ValueError):
         return type(self), (self.path, self.reason)
 
 
-def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode(
+    data: bytes, path: str, max_pixels: int = MAX_PIXELS, annotated: tuple[int, int] | None = None
+) -> Image.Image:
     """Bytes of an image file -> RGB picture.
+
+    Args:
+        annotated: width and height to which boxes or masks belong. Where a picture turned as its Exif orientation says
+            has this size it is turned, as mmdetection and detectron2 do. Without it the orientation is ignored.
 
     Raises:
         BadImageError: naming `path`, for whatever Pillow finds wrong (its plugins raise almost every exception type).
@@ -38,11 +49,18 @@ def decode(data: bytes, path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image.width, image.height, max_pixels)
-            return image.convert("RGB")
+            turned = annotated is not None and upright_size(image) == annotated
+            return to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UnidentifiedImageError:
         raise BadImageError(path, "Pillow cannot identify it as an image") from None
     except Exception as error:
         raise BadImageError(path, str(error) or type(error).__name__) from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture, turned as its Exif orientation says."""
+    turned = image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
@@ -53,4 +71,4 @@ def check_pixels(width: int, height: int, max_pixels: int = MAX_PIXELS) -> None:
     """
     if width * height > max_pixels:
         size = f"{width} x {height} pixels"
-        raise ValueError(f"it has {size}, more than the limit of {max_pixels} (data.max_pixels)")
+        raise ValueError(f"it has {size}, more than the limit of {max_pixels} (a classifier's data.max_pixels)")

@@ -4,6 +4,7 @@ Shapes: a batch has b pictures (3, H, W) of any sizes, each with k objects.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.coco import CocoImages, CocoSplits, Objects, bitmaps
-from data.coco_file import COCO, FOLDER, open_coco
+from data.coco_file import COCO, FOLDER, open_coco, open_coco_split
 from data.decode import BadImageError, decode
 from data.demo_detection import demo_detection_root
 from data.loader import EvalLoader, TrainLoader
@@ -32,11 +33,20 @@ def open_detection(name: str, root: str | os.PathLike[str] | None = None) -> Coc
     Raises:
         ValueError: the name is unknown, or the folder is not what it should be.
     """
+    return open_coco(*_place(name, root))
+
+
+def open_detection_val(name: str, root: str | os.PathLike[str] | None = None) -> CocoImages:
+    """The validation images of a data set of `DATASETS`, whether or not training ones are there; errors alike."""
+    return open_coco_split(*_place(name, root), "val")
+
+
+def _place(name: str, root: str | os.PathLike[str] | None) -> tuple[Any, Sequence[tuple[str, str]]]:
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
     if name == "demo_detection":
-        return open_coco(demo_detection_root(root), COCO)
-    return open_coco(root, COCO if name == "coco" else FOLDER)
+        return demo_detection_root(root), COCO
+    return root, COCO if name == "coco" else FOLDER
 
 
 class DetectionBatch(NamedTuple):
@@ -110,8 +120,8 @@ class DetectionPictures(Dataset[DetectionBatch]):
 
     def _row(self, index: int, mirror: bool) -> tuple[Tensor, Objects]:
         images = self.images
-        picture = np.array(decode(images.read(index), images.paths[index]))
         height, width = images.sizes[index].tolist()
+        picture = np.array(decode(images.read(index), images.paths[index], annotated=(width, height)))
         if picture.shape[:2] != (height, width):
             reason = f"it has {picture.shape[1]} x {picture.shape[0]} pixels, in the annotations {width} x {height}"
             raise BadImageError(images.paths[index], reason)
@@ -128,9 +138,9 @@ def mirrored_objects(objects: Objects, height: int, width: int) -> Objects:
     boxes = objects.boxes.copy()
     boxes[:, [0, 2]] = width - objects.boxes[:, [2, 0]]
     masks = objects.masks
-    if masks:
-        pixels = bitmaps(masks, height, width).transpose(1, 2, 0)[:, ::-1]
-        masks = [rle["counts"] for rle in coco_mask.encode(np.asfortranarray(pixels))]
+    if masks:  # one after the other: a hundred of 4000 x 3000 pixels are a gigabyte
+        pixels = (bitmaps([mask], height, width)[0, :, ::-1] for mask in masks)
+        masks = [coco_mask.encode(np.asfortranarray(mask))["counts"] for mask in pixels]
     return Objects(boxes, objects.labels, masks)
 
 

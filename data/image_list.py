@@ -13,6 +13,21 @@ from data.decode import BadImageError
 NO_FILE = "it is a pipe, a socket or a device, no file"
 
 
+def read_file(path: str) -> bytes:
+    """The bytes of a file of a data set.
+
+    Raises:
+        BadImageError: it cannot be read, or is no file.
+    """
+    try:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BadImageError(path, NO_FILE)
+            return file.read()
+    except OSError as error:
+        raise BadImageError(path, error.strerror or str(error)) from error
+
+
 def _without_waiting(path: str, flags: int) -> int:
     """Opens a pipe that nobody writes to at once; files are read as ever."""
     return os.open(path, flags | os.O_NONBLOCK)
@@ -87,13 +102,10 @@ class ImageList:
         Raises:
             BadImageError: the file cannot be read.
         """
+        if not self.shards:
+            return read_file(self.paths[index])
+        shard, offset, size = (int(number) for number in self.spans[index])
         try:
-            if not self.shards:
-                with open(self.paths[index], "rb", buffering=0, opener=_without_waiting) as file:
-                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                        raise BadImageError(self.paths[index], NO_FILE)
-                    return file.read()
-            shard, offset, size = (int(number) for number in self.spans[index])
             with open(self.shards[shard], "rb", buffering=0) as file:
                 return os.pread(file.fileno(), size, offset)
         except OSError as error:

@@ -253,5 +253,6 @@ class EvalLoader(_Loader):
         return len(self.requests)
 
     def __iter__(self) -> Iterator[Batch]:
+        self.skipped.clear()  # a file may be readable again
         stream = self.backend.stream(self.requests)
         return (self._take(stream) for _ in self.requests)

@@ -8,18 +8,20 @@ import io
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from data.decode import BadImageError, decode
+from data.decode import BadImageError, decode, upright_size
 from data.folder import EXTENSIONS
-from data.image_list import Names
+from data.image_list import NO_FILE, Names, read_file
 
 IGNORED = 255  # the class of pixels that count neither for nor against a model
 FOREIGN = 254  # in `MaskList.classes`: no value of a mask
+LOOKED_AT = 32  # masks of training, for values that make no sense
 LABEL_MODES = ("L", "1", "I", "I;16")  # Pillow's, of one number a pixel
 
 
@@ -58,12 +60,11 @@ class MaskList:
         Raises:
             BadImageError: a file cannot be read, or the mask has a value that is no class's; the file is named.
         """
-        image, path = decode(_bytes(self.images[index]), self.images[index]), self.masks[index]
+        picture, path = self.images[index], self.masks[index]
+        data = read_file(path)
         try:
-            with Image.open(io.BytesIO(_bytes(path))) as mask:
+            with Image.open(io.BytesIO(data)) as mask:
                 values = np.asarray(mask).astype(np.int64)
-        except BadImageError:
-            raise
         except Exception as error:  # Pillow's plugins raise almost every type
             raise BadMaskError(path, f"cannot be read: {error or type(error).__name__}") from error
         classes = self.classes[values.clip(0, 255)]
@@ -72,6 +73,7 @@ class MaskList:
             found = ", ".join(map(str, np.unique(foreign)[:5].tolist()))
             known = np.flatnonzero(self.classes != FOREIGN)
             raise BadMaskError(path, f"has the value {found}, which is no label ({_ranges(known)} are)")
+        image = decode(read_file(picture), picture, annotated=(values.shape[1], values.shape[0]))
         if values.shape != (image.height, image.width):
             raise BadMaskError(path, _other_size(values.shape[::-1], image.size))
         return image, classes
@@ -93,7 +95,8 @@ class MaskList:
 
 
 def pairs(images: Sequence[Path], masks: Sequence[Path], on_error: str = "stop") -> tuple[Names, Names]:
-    """The paths of pictures and their masks, after a look at the first bytes of each.
+    """The paths of pictures and their masks, after a look at the first bytes of each. A picture may be as large as its
+    mask only when turned as its Exif orientation says.
 
     Args:
         on_error: with "skip", files that cannot be read are left for the loader to skip and count.
@@ -110,13 +113,14 @@ def pairs(images: Sequence[Path], masks: Sequence[Path], on_error: str = "stop")
 
 def _problem(image: Path, mask: Path, on_error: str) -> str | None:
     try:
+        if any(path.exists() and not path.is_file() for path in (image, mask)):
+            raise ValueError(NO_FILE)
         with Image.open(image) as picture, Image.open(mask) as labels:
             if labels.mode not in LABEL_MODES:
                 kind = "a palette" if labels.mode == "P" else f"colours ({labels.mode})"
                 return f"mask {str(mask)!r} has {kind}; it should have one channel, whose values are the labels"
-            return (
-                None if picture.size == labels.size else f"mask {str(mask)!r} {_other_size(labels.size, picture.size)}"
-            )
+            fits = labels.size in (picture.size, upright_size(picture))
+            return None if fits else f"mask {str(mask)!r} {_other_size(labels.size, picture.size)}"
     except Exception as error:  # Pillow's plugins raise almost every type
         if on_error == "skip":
             return None
@@ -131,13 +135,6 @@ def _ranges(numbers: np.ndarray) -> str:
     """0, 1, 2, 5 -> "0-2, 5"."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _bytes(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadImageError(path, error.strerror or str(error)) from error
 
 
 def partners(images: Sequence[Path], wanted: Sequence[Sequence[Path]], where: Path) -> list[Path]:
@@ -178,6 +175,15 @@ def open_folder(
     Raises:
         ValueError: a folder or a mask is missing, or does not fit.
     """
+    train, val = (open_split(root, class_names, split, on_error) for split in ("train", "val"))
+    _check_not_black_and_white(train)
+    return train, val
+
+
+def open_split(
+    root: str | os.PathLike[str] | None, class_names: Sequence[str] | None, split: str, on_error: str = "stop"
+) -> MaskList:
+    """One split of `open_folder`; the same errors."""
     if not root or not Path(root).is_dir():
         raise ValueError(f"data folder {str(root)!r} does not exist; set data.root to the folder with train/ and val/")
     if not class_names:
@@ -187,17 +193,30 @@ def open_folder(
         raise ValueError(f"data.classes has {n} names; they should differ, and be fewer than {FOREIGN}")
     classes = np.full(256, FOREIGN, np.uint8)
     classes[:n], classes[IGNORED] = np.arange(n), IGNORED
+    folder = Path(os.path.abspath(root)) / split
+    endings = tuple(ending.decode() for ending in EXTENSIONS)
+    images = sorted(path for path in (folder / "images").rglob("*") if path.name.lower().endswith(endings))
+    if not images:
+        raise ValueError(
+            f"{str(folder / 'images')!r} has no pictures; expected {split}/images/*.jpg and {split}/masks/*.png"
+        )
+    within = [(folder / "masks" / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
+    found = pairs(images, partners(images, [[path] for path in within], folder / "masks"), on_error)
+    return MaskList(*found, tuple(class_names), palette(n + 1)[1:], classes, np.arange(n, dtype=np.uint8))
 
-    def split(name: str) -> MaskList:
-        folder = Path(os.path.abspath(root)) / name
-        endings = tuple(ending.decode() for ending in EXTENSIONS)
-        images = sorted(path for path in (folder / "images").rglob("*") if path.name.lower().endswith(endings))
-        if not images:
-            raise ValueError(
-                f"{str(folder / 'images')!r} has no pictures; expected {name}/images/*.jpg and {name}/masks/*.png"
-            )
-        within = [(folder / "masks" / path.relative_to(folder / "images")).with_suffix(".png") for path in images]
-        found = pairs(images, partners(images, [[path] for path in within], folder / "masks"), on_error)
-        return MaskList(*found, tuple(class_names), palette(n + 1)[1:], classes, np.arange(n, dtype=np.uint8))
 
-    return split("train"), split("val")
+def _check_not_black_and_white(masks: MaskList) -> None:
+    """Refuse masks of 0 and 255 alone: everything but the first class would not count, and every model be perfect.
+
+    Raises:
+        ValueError: the first masks have no other value.
+    """
+    values: set[int] = set()
+    for path in masks.masks[:LOOKED_AT]:
+        with suppress(Exception), Image.open(path) as mask:  # the loader will say so, or skip it
+            values |= set(np.unique(np.asarray(mask)).tolist())
+    if len(masks.class_names) > 1 and values == {0, IGNORED}:
+        raise ValueError(
+            f"the masks of {str(Path(masks.masks[0]).parent)!r} hold 0 and 255 alone, and 255 is for pixels that "
+            f"do not count: write 1 for {masks.class_names[1]!r}, the second of data.classes"
+        )

@@ -34,6 +34,7 @@ from involution.weights import describe
 MIN_SIZE = 33
 MAX_SIZE = 4096
 MAX_BATCH = 1024
+ONE_SIZE = "is exported for images of one size only; say which (--size 224; in Python size=224)"
 
 
 def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram:
@@ -43,10 +44,15 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
     they cut images into blocks or ask whether they are large enough. So do many of timm's.
 
     Raises:
-        ValueError: such a network without a size.
+        ValueError: such a network without a size, or a detector.
     """
+    if hasattr(model, "preparation"):
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported: how many boxes survive depends on the picture. In Python: "
+            "involution.models.load_model(PATH)"
+        )
     if size is None and isinstance(model, (SAN, StandAloneResNet, AxialResNet)):
-        raise ValueError(f"{type(model).__name__} is exported for images of one size only; say which (size=224)")
+        raise ValueError(f"{type(model).__name__} {ONE_SIZE}")
     training = model.training
     first = next(model.parameters())
     # Sizes that stay odd at every halving: where rounding up makes no difference to the example, Inductor (2.15) drops
@@ -65,17 +71,31 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
         )
     except Exception as error:
         if size is None and not isinstance(model, StagedNetwork):
-            raise ValueError(
-                f"{type(model).__name__} is exported for images of one size only; say which (size=224)"
-            ) from error
+            raise ValueError(f"{type(model).__name__} {ONE_SIZE}") from error
         raise
     finally:
         model.train(training)
 
 
-def export_torch(model: nn.Module, path: str | Path, size: int | None = None) -> None:
-    """Write a program for ``torch.export.load``; nothing of this project is needed to run it."""
-    torch.export.save(export_program(model, size), path)
+def _told(class_names: Sequence[str], preparation: Mapping[str, Any]) -> dict[str, str]:
+    """Names of classes, a line each, and preparation, numbers with blanks between, as files' metadata have them."""
+    told = {key: preparation[key] for key in IMAGENET}
+    notes = {key: " ".join(map(str, [*v] if isinstance(v, Iterable) else [v])) for key, v in told.items()}
+    return notes | {"class_names": "\n".join(" ".join(name.split()) for name in class_names)}
+
+
+def export_torch(
+    model: nn.Module,
+    path: str | Path,
+    size: int | None = None,
+    class_names: Sequence[str] = (),
+    preparation: Mapping[str, Any] = IMAGENET,
+) -> None:
+    """Write a program for ``torch.export.load``; nothing of this project is needed to run it.
+
+    Names and preparation are in its ``extra_files``, under the keys of ``IMAGENET`` and "class_names".
+    """
+    torch.export.save(export_program(model, size), path, extra_files=_told(class_names, preparation))
 
 
 def export_aoti(
@@ -101,9 +121,7 @@ def export_aoti(
         raise ValueError(
             "a package needs a C++ compiler (g++, or the one CXX names); --format torch or onnx needs none"
         )
-    told = {key: preparation[key] for key in IMAGENET}
-    notes = {key: " ".join(map(str, [*v] if isinstance(v, Iterable) else [v])) for key, v in told.items()}
-    notes["class_names"] = "\n".join(" ".join(name.split()) for name in class_names)
+    notes = _told(class_names, preparation)
     configs: dict[str, Any] = {"freezing": on_cpu, "cpp.dynamic_threads": True, "aot_inductor.metadata": notes}
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if on_cpu:
@@ -120,8 +138,16 @@ def _folded(model: nn.Module) -> nn.Module:
     return fold_parts(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> None:
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    size: int | None = None,
+    class_names: Sequence[str] = (),
+    preparation: Mapping[str, Any] = IMAGENET,
+) -> None:
     """Write an ONNX file: input "images" (batch, C, height, width), output "logits" (batch, classes).
+
+    Names and preparation are in its metadata, under the keys of ``IMAGENET`` and "class_names".
 
     Raises:
         ValueError: the packages of the ``export`` extra are not installed.
@@ -133,7 +159,10 @@ def export_onnx(model: nn.Module, path: str | Path, size: int | None = None) -> 
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with torch.no_grad(), banded.wanted():
         program = export_program(_folded(model), size)
-    torch.onnx.export(program, (), path, external_data=False, verbose=False, **options)
+    written = torch.onnx.export(program, (), verbose=False, **options)
+    assert written is not None
+    written.model.metadata_props.update(_told(class_names, preparation))
+    written.save(path, external_data=False)
 
 
 def save_safetensors(

@@ -7,17 +7,14 @@ import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from involution.folding import fold_parts
-from involution.models import StagedNetwork, from_timm, model_of
+from involution.models import DENSE, StagedNetwork, from_timm, model_of
 from involution.weights import open_weights
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 #: how pictures are prepared where a file does not tell: as the authors' released models expect them
 IMAGENET = {"val_size": 224, "val_resize": 256, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -97,7 +94,7 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
             [0, 1]) in place of the file's.
 
     Raises:
-        ValueError: there is no such file, or it is no checkpoint.
+        ValueError: there is no such file, or it is no checkpoint of a classifier.
     """
     return as_classifier(open_checkpoint(checkpoint), device, **preparation)
 
@@ -105,6 +102,10 @@ def load(checkpoint: str | Path, device: str | torch.device = "cpu", **preparati
 def as_classifier(opened: Opened, device: str | torch.device = "cpu", **preparation: Any) -> Classifier:
     """An opened checkpoint ready for use; arguments as in ``load``."""
     model, names, data, arguments = opened
+    if opened.name in DENSE:
+        raise ValueError(
+            f"these are weights of a {opened.name}, no classifier: involution.models.load_model opens them"
+        )
     told = {key: data.get(key, default) for key, default in (GRAY if input_channels(model) == 1 else IMAGENET).items()}
     if "val_size" in preparation and "val_resize" not in preparation:
         told["val_resize"] = scaled(told["val_resize"], told["val_size"], preparation["val_size"])
@@ -154,6 +155,7 @@ def evaluation_transform(
         from torchvision.transforms import v2
     except ImportError as error:
         raise ValueError("preparing pictures needs torchvision: pip install torchvision") from error
+    from involution.pictures import to_rgb  # Pillow comes with torchvision
 
     def without_ends(picture: Any) -> Any:
         height, width = v2.functional.get_size(picture)
@@ -169,11 +171,7 @@ def evaluation_transform(
     if len(mean) not in (1, 3):
         return v2.Compose([to_floats, *cropped, normalise])
     gray = v2.Grayscale() if len(mean) == 1 else v2.Identity()
-    return v2.Compose([v2.Lambda(_rgb), *cropped, gray, v2.PILToTensor(), to_floats, normalise])
-
-
-def _rgb(picture: "Image") -> "Image":
-    return picture.convert("RGB")
+    return v2.Compose([v2.Lambda(to_rgb), *cropped, gray, v2.PILToTensor(), to_floats, normalise])
 
 
 def _readable(names: list[str]) -> list[str]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # data/ is used fr
 
 from data import BadImageError, exclusion, open_dataset
 from data.bands import decode_channels
-from data.datasets import EXCLUDED
+from data.datasets import EXCLUDED, folder_of
 from data.decode import MAX_PIXELS
 from data.image_list import ImageList
 
@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="data.max_pixels (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=3, help="model.in_chans: the files' bands (default: 3)")
     arguments = parser.parse_args(argv)
-    base = arguments.root.absolute()
-    output = arguments.output or base / EXCLUDED
     try:
-        splits = open_dataset(arguments.data, base, exclude=os.devnull)
+        base = folder_of(arguments.data, arguments.root)
+        output = arguments.output or base / EXCLUDED
+        splits = open_dataset(arguments.data, arguments.root, exclude=os.devnull)
         bad = [
             entry
             for label, images in zip(splits._fields, splits, strict=True)

@@ -9,6 +9,7 @@ listed, and are an error.
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def convert(source: Path, target: Path, to: str = "ours") -> str:
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        save_file(converted, target)
+        notes = {"arguments": {"name": name} | options, "class_names": weights.class_names, "preparation": weights.data}
+        told = {key: json.dumps(value) for key, value in notes.items() if value and to == "ours"}
+        save_file(converted, target, metadata={"format": "pt"} | told)
     else:
         torch.save({"state_dict": converted}, target)
     return f"{name} ({', '.join(f'{k}={v}' for k, v in options.items())}), {len(converted)} tensors -> {target}"

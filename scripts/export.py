@@ -45,7 +45,7 @@ def main() -> int:
             preparation = export.IMAGENET | data
             export.save_safetensors(model, arguments.out, class_names or (), preparation=preparation, arguments=made_by)
         else:
-            about = (class_names or (), export.IMAGENET | data) if arguments.format == "aoti" else ()
+            about = class_names or (), export.IMAGENET | data
             WRITERS[arguments.format](model, arguments.out, arguments.size, *about)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,9 +9,8 @@ import torch
 import yaml
 
 from involution.complexity import Complexity, count
+from involution.engine.config import PLACE
 from involution.models import DENSE, MODELS, create_model, model_defaults, without_weights
-
-PLACE = {"name", "output_root", "device", "seed"}  # what does not make it another setting
 
 
 @dataclass
@@ -119,8 +118,11 @@ def settings(runs: list[Run]) -> dict[str, list[Run]]:
 
 
 def _in_setting(run: Run, key: str) -> bool:
-    if key in PLACE or not key.startswith("model."):
-        return key in PLACE
+    """Whether a key is in the setting's name already, or has no part in it."""
+    if key == "data.root" and run.config["data"]["name"].endswith("folder"):  # there it is the data set
+        return False
+    if not key.startswith("model."):
+        return key == "seed" or key in PLACE
     return not run.is_dense or key in {f"model.{k}" for k in ("name", "backbone.name", "neck", "head", "plugin")}
 
 

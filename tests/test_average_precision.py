@@ -1,6 +1,7 @@
 """COCO's scores: those of pycocotools, whatever the ties, on any number of ranks."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from data.coco import bitmaps
 from data.coco_file import COCO as COCO_LAYOUT
 from data.coco_file import open_coco
+from data.image_list import Names
 from data.sampling import eval_batches
 from involution.engine.distributed import World
 from involution.engine.tasks.average_precision import (
@@ -30,6 +32,7 @@ from involution.engine.tasks.average_precision import (
     score,
     write_results,
 )  # fmt: skip
+from involution.engine.tasks.detection import Detection
 
 
 def perfect(images, index):
@@ -91,6 +94,22 @@ def test_scores_are_those_of_pycocotools_and_of_the_written_file(val, photos, tm
         assert [ours[prefix + name] for name in NAMES] == pytest.approx(100 * theirs.stats[:6], abs=1e-10)
         person = theirs.eval["precision"][:, :, 0, 0, -1].mean()
         assert ours["classes"]["person"][f"{prefix}ap"] == pytest.approx(100 * person, abs=1e-10)
+
+
+def test_pictures_that_could_not_be_read_and_classes_that_the_data_have_not_do_not_count(val):
+    found = [perfect(val, i) for i in range(1, len(val))]  # data.on_error=skip met a bad file
+    assert average_precision(val, found)["ap"] == 100
+    beyond = found[0]._replace(labels=found[0].labels + len(val.class_names))  # model.num_classes may be more
+    assert len(as_results(val, [beyond])) == 0
+
+
+def test_an_object_without_a_mask_leaves_boxes_alone_to_be_scored(val, caplog):
+    bare = Names.pack([b"", *(val.masks.raw(k) for k in range(1, len(val.masks)))])
+    found = [perfect(val, i) for i in range(len(val))]
+    scores = score(dataclasses.replace(val, masks=bare), found, World(0, 1, torch.device("cpu")))
+    assert "1 objects of the data set have no masks" in caplog.text
+    assert (scores["ap"], scores["mask_ap"]) == (100, None)
+    assert set(Detection("mask_rcnn").names) <= scores.keys()
 
 
 def test_nothing_found_and_nothing_to_find(val):

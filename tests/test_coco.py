@@ -143,6 +143,11 @@ WRONG = {
     "three numbers": ({"annotations": [an_object(bbox=[1, 2, 3])]}, r"has the bbox \[1, 2, 3\], not four numbers"),
     "not a number": ({"annotations": [an_object(bbox=[1, 2, float("nan"), 3])]}, "not x, y, width >= 0, height >= 0"),
     "an id twice": ({"images": [IMAGES[0], IMAGES[0]]}, "lists an image id twice"),
+    "a category twice": ({"categories": [*CATEGORIES, CATEGORIES[0]]}, "lists a category id twice"),
+    "a path from elsewhere": (
+        {"images": [*IMAGES, {"id": 12, "file_name": __file__, "height": 40, "width": 60}]},
+        r"1 of 5 images .* are not in .*, first /",
+    ),
     "captions": ({"annotations": [{"image_id": 7, "caption": "a brush"}]}, "is no COCO file of instances"),
 }
 
@@ -153,6 +158,15 @@ def test_wrong_files_are_refused_with_one_message(tmp_path, case):
     with pytest.raises(ValueError, match=message) as error:
         open_coco(write(tmp_path, {"val": content}))
     assert "\n" not in str(error.value)
+
+
+def test_categories_of_one_name_are_told_apart(tmp_path):
+    same = {"categories": [{"id": 90, "name": "brush"}, {"id": 1, "name": "brush"}, {"id": 4, "name": "cup"}]}
+    assert open_coco(write(tmp_path, {"train": same, "val": same})).val.class_names == (
+        "brush (1)",
+        "cup",
+        "brush (90)",
+    )
 
 
 def test_missing_files_and_folders_are_named(tmp_path):

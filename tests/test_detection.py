@@ -180,9 +180,12 @@ def test_one_command_pretrains_the_backbone(tmp_path):
 def test_the_recipe_is_the_papers():
     """Complaint 13: what a run's config.yaml says of it, and the ResNet-50 row."""
     for options, lr, warmup, clip in (
-        (["model=retinanet"], 0.01, 2000, 40),
+        (["model=retinanet"], 0.01, 2000, None),
+        (["model=retinanet", "model.neck=involution"], 0.01, 2000, 40),
         (["model=faster_rcnn"], 0.02, 500, None),
-        (["model=faster_rcnn", "model.neck=involution"], 0.02, 2000, 40),
+        (["model=faster_rcnn", "model.neck=involution"], 0.02, 2000, None),
+        (["model=mask_rcnn", "model.neck=involution"], 0.02, 2000, None),
+        (["model=faster_rcnn", "model.neck=involution", "model.head=involution"], 0.02, 2000, 5),
         (["model=mask_rcnn", "model.neck=involution", "model.head=involution"], 0.02, 2000, 5),
     ):
         found = config("recipe=coco", *options)

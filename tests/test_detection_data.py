@@ -1,6 +1,7 @@
 """Detection's batches and what is made of detections: flips, ranks, bad files, losses, masks, drawings."""
 
 import json
+import os
 from itertools import chain
 
 import numpy as np
@@ -75,6 +76,11 @@ def test_files_that_cannot_be_read_are_named_or_left_out(squares, tmp_path):
     loader = eval_loader(val, batch_size=3, workers=0, on_error="skip")
     (batch,) = loader
     assert (batch.valid, len(batch.images), len(loader.skipped)) == (1, 1, 2)
+    Image.new("RGB", (48, 64)).save(tmp_path / "val" / "0.png")  # a file that could be read the next time
+    (batch,) = loader
+    assert (batch.valid, len(loader.skipped)) == (2, 1)
+    (tmp_path / "val" / "0.png").unlink()
+    os.mkfifo(tmp_path / "val" / "0.png")  # nobody writes to it
     loader = eval_loader(val.select([1, 2]), batch_size=2, workers=0, on_error="skip")
     (batch,) = loader
     assert (batch.valid, len(batch.images), len(loader.skipped)) == (0, 1, 2)  # what runs without counting

@@ -162,6 +162,8 @@ def test_low_quality_matches_need_an_overlap():
     overlaps = torch.tensor([[0.1, 0.35, 0.0], [0.0, 0.2, 0.25], [0.0, 0.0, 0.0]])
     assert LowQualityMatcher(0.7, 0.3, lowest=0.3)(overlaps.clone()).tolist() == [-1, 0, -1]
     assert LowQualityMatcher(0.7, 0.3, lowest=0)(overlaps.clone()).tolist() == [-1, 0, 1]
+    shared = torch.tensor([[0.8, 0.1, 0.6], [0.0, 0.0, 0.45]])  # the second box has the last candidate, or none
+    assert LowQualityMatcher(0.7, 0.3, lowest=0.3)(shared.clone()).tolist() == [0, -1, 1]
 
 
 def test_losses_of_retinanet_are_divided_by_the_positives_of_the_batch():
@@ -209,6 +211,16 @@ def test_images_are_resized_as_the_release_does():
     assert (batch.tensors[0, :, :, :90] == 0.5).all()
     assert (batch.tensors[0, :, :, 90:] == 0).all()
     assert torch.allclose(batch.scales, torch.tensor([[1.0] * 4, [3.2] * 4]))
+
+
+def test_masks_of_large_pictures_are_cut_in_parts_with_the_same_bits(monkeypatch):
+    torch.manual_seed(0)
+    masks, matched = (torch.rand(5, 40, 50) > 0.5).byte(), torch.tensor([4, 0, 2, 2, 3, 0])
+    corners = torch.rand(6, 2) * 20
+    boxes = torch.cat([corners, corners + 5 + 15 * torch.rand(6, 2)], 1)
+    whole = mask_targets(masks, boxes, matched, 14)
+    monkeypatch.setattr("involution.dense.masks.AT_ONCE", 2 * 40 * 50)
+    assert torch.equal(mask_targets(masks, boxes, matched, 14), whole)
 
 
 def test_masks_are_cut_and_pasted_back():

@@ -1,6 +1,8 @@
 """Pictures with masks: what is read, refused, and how a training crop is made."""
 
 import colorsys
+import io
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from PIL import Image
 
 from data import segmentation
 from data.cityscapes import CITYSCAPES, IDS, PICTURE, TRAIN_IDS, open_cityscapes
-from data.mask_list import IGNORED, BadMaskError, open_folder
+from data.decode import decode
+from data.mask_list import IGNORED, BadMaskError, open_folder, open_split
 from data.sampling import Plan
 from involution.engine.tasks.overlays import Overlays
 from involution.engine.tasks.segmented_pictures import LabelFiles, label_names
@@ -85,6 +88,40 @@ def test_a_folder_of_images_and_masks(tmp_path):
         open_folder(tmp_path, None)
     with pytest.raises(BadMaskError, match="has the value 1, which is no label"):
         open_folder(tmp_path, ["sky"])[1].read(0)
+    save(tmp_path / "train" / "masks" / "b" / "x.png", 255 * np.eye(*SIZE))
+    with pytest.raises(ValueError, match=r"hold 0 and 255 alone.*write 1 for 'sea'"):
+        open_folder(tmp_path, ["sky", "sea"])
+    shutil.rmtree(tmp_path / "train")
+    assert open_split(tmp_path, ["sky", "sea"], "val").fingerprint == val.fingerprint  # all that eval.py needs
+
+
+def test_pictures_are_turned_as_cameras_say_where_their_masks_are(tmp_path):
+    pixels = np.zeros((*SIZE, 3), np.uint8)
+    pixels[:6] = 255
+    upright = Image.fromarray(pixels)
+    for split in ("train", "val"):
+        save(tmp_path / split / "masks" / "x.png", pixels[:, :, 0] > 0)
+    for orientation, stored in (
+        (1, upright),
+        (3, upright.rotate(180)),
+        (6, upright.transpose(Image.Transpose.ROTATE_90)),
+    ):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for split in ("train", "val"):
+            (tmp_path / split / "images").mkdir(exist_ok=True)
+            stored.save(tmp_path / split / "images" / "x.png", exif=exif)
+        picture, classes = open_folder(tmp_path, ["dark", "light"])[0].read(0)
+        assert np.array_equal(np.asarray(picture)[:, :, 0] > 0, classes == 1), orientation
+
+
+@pytest.mark.parametrize(("dtype", "top"), [(np.uint16, 65535), (np.float32, 1)])
+def test_pictures_of_more_than_8_bits_are_scaled_not_cut_off(dtype, top):
+    ramp = np.linspace(0, top, 256).round(0 if top > 1 else 7).astype(dtype).reshape(16, 16)
+    stream = io.BytesIO()
+    Image.fromarray(ramp).save(stream, "TIFF")
+    found = np.asarray(decode(stream.getvalue(), "ramp.tif"))
+    assert found[..., 0].ravel().tolist() == list(range(256))
 
 
 def test_files_that_cannot_be_read_are_the_loaders_where_they_are_to_be_skipped(city):

@@ -183,7 +183,7 @@ def test_configurations_tell_sizes_crop_mean_and_std():
 
 def test_a_program_of_one_size_where_a_model_takes_no_other():
     model = involution.create_model("vit_tiny_patch16_224", num_classes=2, library="timm", options={"img_size": 32})
-    with pytest.raises(ValueError, match=r"say which \(size=224\)"):
+    with pytest.raises(ValueError, match=r"say which \(--size 224"):
         export_program(model)
     pixels = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(export_program(model, 32).module()(pixels), model.eval()(pixels))

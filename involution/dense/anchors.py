@@ -56,7 +56,11 @@ class Anchors(nn.Module):
 
 
 class LowQualityMatcher(Matcher):
-    """Also gives each box of the truth the candidates that overlap it most, when they do so by ``lowest`` at least."""
+    """Also gives each box of the truth the candidates that overlap it most, when they do so by ``lowest`` at least.
+
+    They become that box's, as in mmdetection, even where they overlap another one more (torchvision leaves them there):
+    otherwise a box beside a larger one could be without any. Of several boxes that want a candidate the last has it.
+    """
 
     def __init__(self, high: float, low: float, lowest: float) -> None:
         super().__init__(high, low, allow_low_quality_matches=True)
@@ -64,5 +68,7 @@ class LowQualityMatcher(Matcher):
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, overlaps: Tensor) -> None:
         best = overlaps.amax(1, keepdim=True)
-        chosen = ((overlaps == best) & (best >= self.lowest) & (best > 0)).any(0)
-        matches[chosen] = all_matches[chosen]
+        wanted = (overlaps == best) & (best >= self.lowest) & (best > 0)
+        number = torch.arange(len(overlaps), device=overlaps.device)[:, None]
+        box = torch.where(wanted, number, -1).amax(0)
+        torch.where(box >= 0, box, matches, out=matches)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from involution.models import create_model
 from involution.models.bottleneck import EXPANSION, STAGE_WIDTHS, BottleneckNetwork
-from involution.weights import load_into, open_weights
+from involution.weights import load_into, open_weights, other_options
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -100,8 +100,15 @@ def build_backbone(config: str | Mapping[str, Any], **defaults: Any) -> Backbone
 
 
 def _load(net: nn.Module, name: str, options: dict[str, Any], location: str | Path, sha256: str | None) -> None:
+    weights: dict[str, Tensor] = {}
     try:
-        load_into(net, open_weights(location, sha256).to_ours())
+        weights = open_weights(location, sha256).to_ours()
+        load_into(net, weights)
     except ValueError as error:
         used = ", ".join(f"{key}={value}" for key, value in {"name": name, **options}.items())
-        raise ValueError(f"backbone.pretrained={location}: {error}. The backbone has {used}") from error
+        others = other_options(weights, net.state_dict()).items()
+        wanted = " ".join(
+            f"{'' if k == 'name' else '+'}model.backbone.{k}={'null' if v is None else v}" for k, v in others
+        )
+        advice = f"; these weights want {wanted}" if wanted else ""
+        raise ValueError(f"backbone.pretrained={location}: {error}. The backbone has {used}{advice}") from error

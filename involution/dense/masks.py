@@ -11,6 +11,8 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401 (its operators)
 from torch import Tensor
 
+AT_ONCE = 2**26  # pixels of masks in floating point: 256 MB
+
 
 def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Tensor:
     """The part of its mask inside each box, as (N, size, size) of 0 and 1.
@@ -20,10 +22,16 @@ def mask_targets(masks: Tensor, boxes: Tensor, matched: Tensor, size: int) -> Te
         boxes: (N, 4) in pixels of ``masks``.
         matched: (N,) the mask of each box.
     """
-    rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], 1)
-    # the operator itself: torchvision's function takes a detour in deterministic mode, for the sake of gradients
-    cut = torch.ops.torchvision.roi_align(masks[:, None].to(boxes.dtype), rois, 1.0, size, size, 0, True)
-    return (cut[:, 0] >= 0.5).to(boxes.dtype)
+    targets = boxes.new_zeros(len(boxes), size, size)
+    step = max(1, AT_ONCE // max(masks[0].numel(), 1)) if len(masks) else 1
+    for first in range(0, len(masks), step):
+        part = masks[first : first + step]
+        mine = slice(None) if step >= len(masks) else (matched >= first) & (matched < first + step)
+        rois = torch.cat([(matched[mine] - first)[:, None].to(boxes.dtype), boxes[mine]], 1)
+        # the operator itself: torchvision's function takes a detour in deterministic mode, for the sake of gradients
+        cut = torch.ops.torchvision.roi_align(part[:, None].to(boxes.dtype), rois, 1.0, size, size, 0, True)
+        targets[mine] = (cut[:, 0] >= 0.5).to(boxes.dtype)
+    return targets
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5) -> Iterator[Tensor]:

@@ -113,6 +113,11 @@ def explain(argument: str, arguments: Sequence[str]) -> str:
         return f"{argument}: there is nothing after the last comma"
     for opening, closing in ("[]", "{}"):
         if value.startswith(opening) and not value.endswith(closing):
+            rest = arguments[arguments.index(argument) + 1 :] if argument in arguments else ()
+            ends = [i for i, piece in enumerate(rest, 1) if piece.endswith(closing)]
+            if ends:
+                whole = " ".join([argument, *rest[: ends[0]]])
+                return f"{argument}: put the whole argument in quotes for the shell: '{whole}'"
             return f"{argument}: the {opening} is not closed: '{key}={value}{closing}'"
     if value.startswith("(") and value.endswith(")") and parse(f"{key}=[{value[1:-1]}]"):
         return f"{argument}: lists are written in brackets: '{key}=[{value[1:-1]}]'"

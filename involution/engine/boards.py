@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import yaml
 from torch import Tensor
 
+from involution.engine.config import PLACE
 from involution.engine.errors import UserError
 
 log = logging.getLogger("involution")
-NO_HPARAMS = ("name", "output_root", "device", "logging", "data.root", "data.workers", "data.loader", "train.resume")
 
 
 class Board(Protocol):
@@ -49,7 +49,7 @@ def _tensorboard(folder: Path, step: int, config: dict[str, Any]) -> Board:
     from torch.utils.tensorboard import SummaryWriter  # takes over a second to import
     from torch.utils.tensorboard.summary import hparams
 
-    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+    board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # what was logged at this step stays
     board.add_text("config", f"```yaml\n{yaml.safe_dump(config, sort_keys=False)}\n```", step)
     # SummaryWriter.add_hparams would put them into a run of their own, away from the curves
     _, session, _ = hparams(dict(hyperparameters(config)), {})
@@ -63,7 +63,7 @@ def hyperparameters(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[
         name = f"{prefix}{key}"
         if isinstance(value, dict):
             yield from hyperparameters(value, f"{name}.")
-        elif name not in NO_HPARAMS:
+        elif name not in PLACE:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             yield name, value if number else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
 

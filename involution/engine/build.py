@@ -21,10 +21,11 @@ from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.ghost import use_ghost_batches
+from involution.engine.meter import forget_peak_memory
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.state import seed_everything, use_tf32
-from involution.engine.tasks import check_data
+from involution.engine.tasks import DataSet, check_data
 from involution.engine.trainer import Trainer
 from involution.models import MODELS, from_timm, model_options, without_weights
 from involution.weights import mismatch
@@ -68,12 +69,11 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     run.open()
     log_to(run.path / "train.log", world.is_main)
     state = state_to_resume(o.resume, run, world)
-    changed = {} if state is None else _check_same_run(state, plain, train.fingerprint)
+    changed = {} if state is None else _check_same_run(state, plain, train)
 
     seed_everything(config.seed, world, config.deterministic, setup.SIZES_VARY)
     use_tf32(o.tf32)
-    if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(world.device)  # of the sweep's last job
+    forget_peak_memory(world.device)
     model: Any = create_model(**config.model if state is None else without_weights(config.model))
     if config.checkpoint is not None and state is None:
         start_from(model, config.model, config.checkpoint, config.data, train.class_names)
@@ -221,12 +221,17 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     return found[1] if found else read(path)
 
 
-def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run as another one; report, and return, what else has changed."""
     changed = differences(state["config"], now)
     fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
     if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
         fatal["checkpoint"] = changed["checkpoint"]
+    others = state["data"] != data_set.fingerprint
+    if others and now["data"]["name"].endswith("folder") and "data.root" in changed:  # somebody's next data set
+        fatal["data.root"] = changed["data.root"]
+    if (classes := state["class_names"]) != list(data_set.class_names):
+        fatal["the classes"] = _listed(classes), _listed(data_set.class_names)
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
         with torch.device("meta"):
@@ -237,9 +242,13 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: dict[str, Any])
         )
     for key, (a, b) in changed.items():
         log.warning("continuing with %s=%s, which was %s", key, b, a)
-    if state["data"] != data_set:
-        log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set)
+    if others:
+        log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set.fingerprint)
     return changed
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

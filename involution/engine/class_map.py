@@ -49,7 +49,8 @@ class MappedAccuracy(Accuracy):
 
     def finish(self, world: World) -> dict[str, Any]:
         n, labelled, loss, top1, top5 = self.totals()
-        scores = {"loss": loss / labelled, "top1": 100 * top1 / labelled, "top5": 100 * top5 / labelled}
+        loss, top1, top5 = (total / max(labelled, 1) for total in (loss, top1, top5))
+        scores = {"loss": loss, "top1": 100 * top1, "top5": 100 * top5}
         return scores | {"n": round(n), "labelled": round(labelled)}
 
 

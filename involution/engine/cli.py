@@ -232,6 +232,10 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     if isinstance(error, OverrideParseException):
         return arguments.explain(error.override, sys.argv[1:])
     if key := re.search(r"Could not override '([^']+)'", text):
+        if key[1] == "data.train_size":
+            return f"there is no key {key[1]}: a detector's sizes are model.min_size and model.max_size"
+        if key[1].startswith("model.backbone."):
+            return f"there is no key {key[1]}; an option that the backbone itself has wants a plus: +{key[1]}=VALUE"
         return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
     if option := re.search(
         r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)(?:\s+Config search path|$)",

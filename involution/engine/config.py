@@ -137,6 +137,8 @@ RANGES = {  # lowest and highest value; None: no limit
     "seed": (0, 2**32 - 1),
 }
 # "" in conf/ where the command line has to tell
+#: keys that say where or how something runs, not what: another value makes it no other run, and names no folder
+PLACE = ("name", "output_root", "device", "logging", "data.root", "data.workers", "data.loader", "train.resume")
 TOLD = ("model.name", "optimizer.name", "name", "checkpoint", "output_root")
 # what keys mean that earlier configurations lack
 LATER = {

@@ -36,9 +36,10 @@ def choose_device(device: str, local_rank: int, ranks: int) -> torch.device:
     if available == 1 and "SLURM_PROCID" in os.environ:  # a site that shows each task its own GPU alone
         return torch.device("cuda", 0)
     if local_rank >= available:
+        flag = "--ntasks-per-node" if "SLURM_PROCID" in os.environ else "--nproc-per-node"
         raise UserError(
             f"local rank {local_rank} has no GPU of its own: this machine has {available}. "
-            f"Start at most {available} processes here (--nproc-per-node={available})"
+            f"Start at most {available} processes here ({flag}={available})"
         )
     return torch.device("cuda", local_rank)
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from involution.engine.distributed import World, gather_objects, progress
+from involution.engine.errors import UserError
 from involution.engine.tasks import Batch, Evaluation
 
 log = logging.getLogger("involution")
@@ -85,6 +86,8 @@ def evaluate(
         left_out = set().union(*gather_objects(set(getattr(loader, "skipped", ()))))
         if n + len(left_out) != samples:
             raise RuntimeError(f"the evaluation counted {n} samples, but the data set has {samples}")
+        if not n:
+            raise UserError(f"none of the {samples} files to evaluate on can be read")
         if world.is_main:
             log.warning("%d of %d files do not decode: the evaluation leaves them out", len(left_out), samples)
     return results

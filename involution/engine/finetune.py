@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from involution.engine.config import DataConfig, differences
+from involution.engine.config import DataConfig
 from involution.engine.errors import UserError
-from involution.models import StagedNetwork, from_timm, model_of
-from involution.weights import classifier_of, describe, load_into, open_weights
+from involution.models import DENSE, StagedNetwork, from_timm, model_of
+from involution.weights import classifier_of, load_into, open_weights, other_options
 
 log = logging.getLogger("involution")
 
@@ -68,15 +68,12 @@ def _advice(
     if trained is not None and "library" in trained | arguments:
         name = f"model=timm model.name={trained['name']}" if "library" in trained else f"model={trained['name']}"
         return f". It was trained with {name}: take that" if trained["name"] != arguments["name"] else ""
-    models: list[dict[str, Any]] = []
-    for weights in (there, model.state_dict()):
-        try:
-            name, options = describe(weights)
-        except ValueError:
-            return ""
-        models.append({"model": name} | {f"model.{key}": value for key, value in options.items()})
-    differing = differences(models[0], models[1]).keys() & models[0].keys() - {"model.num_classes"}
-    wanted = [f"{key}={'null' if value is None else value}" for key, value in models[0].items() if key in differing]
+    if arguments["name"] in DENSE and there and not any(key.startswith("backbone.") for key in there):
+        return ". These are a classifier's weights; they go into the backbone: model.backbone.pretrained=PATH"
+    wanted = [
+        f"{'model' if key == 'name' else f'model.{key}'}={'null' if value is None else value}"
+        for key, value in other_options(there, model.state_dict()).items()
+    ]
     return f". It was trained with {' '.join(wanted)}: add that to the command" if wanted else ""
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
     """The help text, with the keys of the groups that the arguments choose, as in ``model=timm --help``."""
     folder = Path(config_dir)
     groups = {each.name: _options(each) for each in sorted(folder.iterdir()) if each.is_dir() and each.name != "hydra"}
+    if program == "train.py":
+        groups["data"].pop("as_trained", None)  # eval.py's
     chosen = [each for each in arguments if each.partition("=")[0] in groups and "=" in each]
     with initialize_config_dir(config_dir, version_base="1.3"):
         config = compose(config_name, chosen, return_hydra_config=True)
@@ -47,12 +50,12 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
 
 
 def _options(group: Path) -> dict[str, str]:
-    """Names of a group with the comments that their files begin with."""
+    """Names of a group with the first sentences of their files."""
     found = {}
     for file in sorted(group.glob("[!_]*.yaml")):
-        begin = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
-        first = begin[0] if begin and begin[0].startswith("# ") else ""
-        found[file.stem] = first.removeprefix("# ")
+        lines = (line for line in file.read_text().splitlines() if not line.startswith("# @package"))
+        comment = " ".join(line.removeprefix("# ") for line in takewhile(lambda line: line.startswith("# "), lines))
+        found[file.stem] = " ".join(comment.split(". ")[0].split())
     return found
 
 

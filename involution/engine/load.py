@@ -54,7 +54,7 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
         from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
     mapped = None
     if config.class_map is None:
-        _, val = setup.open_dataset(d)
+        val = setup.open_val(d)
         _check_classes(opened, val.class_names, config.checkpoint)
     else:
         val, mapped = _mapped(config, opened, setup, d)
@@ -118,7 +118,7 @@ def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[I
             "predictions= and class_map= exclude each other: the table has one right class for each picture"
         )
     alone = d.name == "folder" and d.root and not (Path(d.root) / "train").exists()
-    images = class_map.list_images(d.root, d.exclude) if alone else setup.open_dataset(d)[1]
+    images = class_map.list_images(d.root, d.exclude) if alone else setup.open_val(d)
     assert isinstance(images, ImageList)
     assert config.class_map is not None
     known = class_map.class_names(opened.class_names, opened.model.num_classes)

@@ -1,9 +1,12 @@
 """An epoch's sums, as state: they survive a restart in the middle of it, on any number of ranks."""
 
+import re
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,4 +99,16 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory ever in use: on the GPU, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let the next run of this process, a sweep's next job, have a maximum of its own."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):  # Linux alone can
+            Path("/proc/self/clear_refs").write_text("5")

@@ -108,7 +108,7 @@ class Monitor:
             self._warned = True
             log.warning(
                 "data is the bottleneck: the model waits for it %.0f%% of the time. More data.workers, "
-                "data.loader=dali, a faster disk or smaller stored images help",
+                "data.loader=dali (classifiers), a faster disk or smaller stored images help",
                 100 * line["data_wait"],
             )
 

@@ -100,7 +100,7 @@ def fit_batch_size(global_batch_size: int, batch_size: int, ranks: int, fixed: b
     ]
     raise UserError(
         f"train.global_batch_size={global_batch_size} cannot be made of train.batch_size={batch_size} "
-        f"on {ranks} process(es). "
+        f"on {ranks} process(es){', which do not divide it' if global_batch_size % ranks else ''}. "
         + (f"Batch sizes that fit: {', '.join(map(str, near))}. " if near else "")
-        + f"Global batch sizes that fit: {', '.join(map(str, totals))}"
+        + f"Global batch sizes that fit: {', '.join(map(str, totals))}; the learning rate is usually scaled along"
     )

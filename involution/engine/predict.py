@@ -26,6 +26,7 @@ from involution.engine.load import EVAL_BATCH
 from involution.engine.tasks import Predictor, task_of
 from involution.folding import fold_parts
 from involution.loading import open_checkpoint
+from involution.pictures import to_rgb
 
 log = logging.getLogger("involution")
 Predictions = list[tuple[Path, Any]]  # file, and what the task's Predictor says of it
@@ -149,7 +150,7 @@ def open_picture(path: Path, channels: int = 3) -> Any:
             return decode_bands(path.read_bytes(), str(path), channels).permute(2, 0, 1) / 255
         with Image.open(path) as image:
             check_pixels(image.width, image.height)
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image))
     except BadImageError as error:
         reason = error.reason
     except UnidentifiedImageError:

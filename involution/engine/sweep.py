@@ -15,7 +15,7 @@ from omegaconf import DictConfig, open_dict
 from involution.engine.arguments import parse, quote
 from involution.engine.build import check_model
 from involution.engine.cli import user_input
-from involution.engine.config import TrainConfig, differences, given, validate
+from involution.engine.config import PLACE, TrainConfig, differences, given, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
 
@@ -85,7 +85,7 @@ def plan(
     for overrides in batch:
         kept = [override for override in overrides if not override.startswith("ablation=")]
         config = load(kept)
-        unnamed = set(config.hydra.job.config.override_dirname.exclude_keys) - set(varied)
+        unnamed = {*PLACE, "ablation"} - set(varied)
         composed[folder_name(_label(kept, unnamed))] = (kept, config)
     if len({str(config.name) for _, config in composed.values()}) > 1:
         sweep_dir = sweep_dir.parent / f"sweep-{'-'.join(sorted(varied))}"
@@ -107,7 +107,7 @@ def _label(overrides: list[str], unnamed: Collection[str]) -> str:
 
 
 def _job(overrides: list[str], config: DictConfig, folder: Path, varied: Collection[str], ranks: int) -> Job:
-    immaterial = set(config.hydra.job.config.override_dirname.exclude_keys) - set(varied)
+    immaterial = set(PLACE) - set(varied)
     with open_dict(config):
         del config["hydra"]
     checked: TrainConfig = validate(config, TrainConfig)

@@ -9,7 +9,7 @@
 
 from involution.weights.files import read, why_unreadable
 from involution.weights.into import classifier_of, load_into, mismatch
-from involution.weights.names import describe, to_ours, to_released
+from involution.weights.names import describe, other_options, to_ours, to_released
 from involution.weights.opened import Weights, open_weights
 from involution.weights.source import fetch
 
@@ -21,6 +21,7 @@ __all__ = [
     "load_into",
     "mismatch",
     "open_weights",
+    "other_options",
     "read",
     "to_ours",
     "to_released",

@@ -30,16 +30,24 @@ _SCORES = "regions.box_predictor.cls_score"
 
 
 def kind(state: Mapping[str, Tensor]) -> str | None:
-    """The name of the model whose released file this is; None for a backbone, a classifier or anything else."""
+    """The name of the model whose tensors these are, under released names or ours; None for a classifier and others."""
+    return _released_kind(state) or _own_kind(state)
+
+
+def _released_kind(state: Mapping[str, Tensor]) -> str | None:
     return next((name for name, key in _KINDS.items() if key in state), None)
+
+
+def _own_kind(state: Mapping[str, Tensor]) -> str | None:
+    return next((n for n, key in _KINDS.items() if _rename(key, _inverse(_names(n)), rednet.ours) in state), None)
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names and values for those of a released file; ours stay as they are."""
-    name = kind(state)
+    name = _released_kind(state)
     if name is None:
         return dict(state)
-    table = {theirs: ours for ours, theirs in _names(name).items()}
+    table = _inverse(_names(name))
     renamed = {_rename(key, table, rednet.ours): value for key, value in state.items()}
     for key, value in renamed.items():
         layer = key.rpartition(".")[0]
@@ -52,7 +60,8 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of ``to_ours``."""
-    name = next(name for name, key in _KINDS.items() if _rename(key, _inverse(_names(name)), rednet.ours) in state)
+    name = _own_kind(state)
+    assert name is not None
     plain = "backbone.layer1.0.conv2.weight" in state  # a ResNet: its stem is called as torchvision calls it
     backbone = _resnet if plain else rednet.released
     released = {}
@@ -67,13 +76,14 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def describe(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Arguments of ``create_model`` for the model whose released file this is.
+    """Arguments of ``create_model`` for the model whose tensors these are, as far as their shapes tell.
 
     Raises:
         ValueError: its backbone is none of ours.
     """
     name = kind(state)
     assert name is not None
+    state = state if _released_kind(state) else to_released(state)
     prefix = "backbone."
     backbone = {rednet.ours(k.removeprefix(prefix)): v for k, v in state.items() if k.startswith(prefix)}
     net, options = rednet.describe(backbone)

@@ -96,6 +96,20 @@ def to_released(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"head.{key}" if key.startswith("fc.") else f"backbone.{key}": value for key, value in renamed.items()}
 
 
+def other_options(theirs: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of ``create_model`` in which the model of some weights (our names) differs from that of others.
+
+    The number of classes does not count; {} where one of them is none of our models.
+    """
+    try:
+        (name, options), (my_name, my_options) = describe(theirs), describe(mine)
+    except ValueError:
+        return {}
+    mine_too = {"name": my_name} | my_options
+    differing = {k: v for k, v in ({"name": name} | options).items() if k not in mine_too or mine_too[k] != v}
+    return {key: value for key, value in differing.items() if key != "num_classes"}
+
+
 def describe(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
     """Name and options of the model that has these weights (our names), read off their shapes.
 

@@ -92,10 +92,13 @@ def as_results(images: CocoImages, found: Sequence[Found]) -> list[dict[str, Any
     rows = []
     for one in found:
         image, size = int(images.ids[one.image]), images.sizes[one.image].tolist()
-        categories = images.category_ids[one.labels].tolist()
+        labels = np.where(one.labels < len(images.category_ids), one.labels, -1)  # model.num_classes may be more
+        categories = images.category_ids[labels].tolist()
         corners = one.boxes.astype(np.float64)
         boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
         for k, (box, score, category) in enumerate(zip(boxes, one.scores.tolist(), categories)):
+            if labels[k] < 0:
+                continue
             row = {"image_id": image, "category_id": category, "bbox": box, "score": score}
             if one.masks is not None:
                 row["segmentation"] = {"size": size, "counts": one.masks[k].decode("ascii")}
@@ -146,6 +149,8 @@ def average_precision(images: CocoImages, found: Sequence[Found], masks: bool = 
         unwanted = "segmentation" if kind == "bbox" else "bbox"
         rows: Any = [{key: value for key, value in row.items() if key != unwanted} for row in detections]
         run = COCOeval_faster(objects, objects.loadRes(rows), kind, print_function=quiet)
+        seen = np.array([one.image for one in found], np.int64)
+        run.params.imgIds = images.ids[seen].tolist()  # not those that could not be read
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -176,9 +181,10 @@ def score(images: CocoImages, found: Sequence[Found], world: World, path: Path |
             write_results(path, images, everything)
         start = time.monotonic()
         masks = any(one.masks is not None for one in everything)
-        if masks and not images.has_masks:
-            log.warning("the data set has objects without masks, so only boxes are scored")
-        result = average_precision(images, everything, masks and images.has_masks)
+        if lacking := images.without_masks if masks else 0:
+            log.warning("%d objects of the data set have no masks, so only boxes are scored", lacking)
+            result = dict.fromkeys(MASK_NAMES)
+        result |= average_precision(images, everything, masks and not lacking)
         result["scoring_seconds"] = round(time.monotonic() - start, 3)
     told: dict[str, Any] = gather_objects(result)[0]
     return told | {"n": len(everything)}

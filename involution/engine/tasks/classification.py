@@ -81,8 +81,9 @@ class Accuracy:
         return sum_over_ranks(self.counts).tolist()
 
     def finish(self, world: World) -> dict[str, Any]:
-        n, loss, top1, top5 = self.totals()
-        return {"loss": loss / n, "top1": 100 * top1 / n, "top5": 100 * top5 / n, "n": round(n)}
+        n, *sums = self.totals()
+        loss, top1, top5 = (total / max(n, 1) for total in sums)
+        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5, "n": round(n)}
 
 
 class RecordedAccuracy(Accuracy):
@@ -148,6 +149,10 @@ def build(config: TrainConfig) -> Classification:
 
 def open_dataset(d: DataConfig) -> tuple[ImageList, ImageList]:
     return data.open_dataset(d.name, d.root, d.exclude)
+
+
+def open_val(d: DataConfig) -> ImageList:
+    return open_dataset(d)[1]  # whose classes are numbered as train's folders
 
 
 def train_loader(split: ImageList, config: TrainConfig, world: World) -> data.TrainLoader:

@@ -135,10 +135,17 @@ def open_dataset(d: DetectionData) -> CocoSplits:
     return loaders.open_detection(d.name, d.root)
 
 
+def open_val(d: DetectionData) -> CocoImages:
+    return loaders.open_detection_val(d.name, d.root)
+
+
 def train_loader(split: CocoImages, config: TrainConfig, world: World) -> DetectionTrainLoader:
     d, o, masks = config.data, config.train, config.model["name"] == "mask_rcnn"
-    if masks and not split.has_masks:
-        raise UserError("model=mask_rcnn learns masks, and objects of the data set have none; use model=faster_rcnn")
+    if masks and (lacking := split.without_masks):
+        raise UserError(
+            f"model=mask_rcnn learns masks, and {lacking} of {len(split.labels)} objects of the data set have none: "
+            "complete the annotations, or use model=faster_rcnn"
+        )
     return loaders.train_loader(
         split, global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
         seed=config.seed, flip=config.augmentation.hflip, masks=masks, **_loading(d, world),

@@ -114,7 +114,7 @@ def check(config: TrainConfig, world: World) -> None:
     if _model_class(config).pools_to_a_pixel and o.batch_size == 1 and alone:
         raise UserError(
             f"model={config.model['name']} pools a picture into one pixel, and with train.batch_size=1 nothing to "
-            "to normalise that over: use train.batch_size=2 or more, or train.sync_batchnorm=true on several GPUs"
+            "normalise that over: use train.batch_size=2 or more, or train.sync_batchnorm=true on several GPUs"
         )
     _window(config.data)
 
@@ -146,6 +146,12 @@ def open_dataset(d: SegmentationData) -> tuple[MaskList, MaskList]:
     if d.name == "cityscapes":
         return cityscapes.open_cityscapes(d.root, on_error=d.on_error)
     return mask_list.open_folder(d.root, d.classes, d.on_error)
+
+
+def open_val(d: SegmentationData) -> MaskList:
+    if d.name == "segmentation_folder":
+        return mask_list.open_split(d.root, d.classes, "val", d.on_error)
+    return open_dataset(d)[1]  # Cityscapes may have val alone
 
 
 def train_loader(split: MaskList, config: TrainConfig, world: World) -> MaskTrainLoader:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.cityscapes import CITYSCAPES
+from data.mask_list import IGNORED
 from data.transforms import normalise
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
@@ -39,7 +40,8 @@ class LabelFiles:
     """
 
     def __init__(self, folder: str, values: Sequence[int] | np.ndarray) -> None:
-        self.folder, self.values = Path(folder), np.asarray(values, np.uint8)
+        self.folder, self.values = Path(folder), np.full(256, IGNORED, np.uint8)
+        self.values[: len(values)] = values  # model.num_classes may be more
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
