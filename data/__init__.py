@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -33,6 +34,7 @@ __all__ = [
     "train_loader",
 ]
 
+log = logging.getLogger("involution.data")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -79,7 +81,8 @@ def train_loader(
         repeats: copies of a sample in an epoch, each augmented apart. It has as many steps, of fewer samples.
         mean, std: of the channels, in units of [0, 1]. One value each: the pictures are gray, (b, 1, S, S); C values
             other than 3: the files have C channels, and so have the batches (data.bands).
-        loader: "dali" (1 or 3 channels), "torch", or "auto" (dali where it is installed and does).
+        loader: "dali" (1 or 3 channels), "torch", or "auto" (dali where it is installed and does; torch for policies on
+            a GPU, whose work on the CPU scales with worker processes).
         dtype: of the images.
         device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
         workers: worker processes (torch; 0 loads in this process) or threads (dali).
@@ -183,10 +186,17 @@ def _backend(loader: str, settings: Settings) -> Backend:
     if loader not in ("auto", "dali", "torch"):
         raise ValueError(f"loader is {loader!r}, expected 'auto', 'dali' or 'torch'")
     check_bands(len(settings.mean), loader, settings.transform.policies)
-    if loader == "torch" or settings.bands is not None or not (loader == "dali" or dali_installed()):
-        return TorchBackend(Pictures(settings), settings.workers, settings.device)
-    if not dali_installed():
+    if loader == "dali" and not dali_installed():
         raise ValueError("loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch")
-    from data.dali import DaliBackend
+    # policies work on the CPU, where worker processes scale better than what DALI leaves to threads of this process
+    slower = loader == "auto" and settings.device.type == "cuda" and settings.transform.policies
+    if loader == "torch" or settings.bands is not None or slower or not dali_installed():
+        return TorchBackend(Pictures(settings), settings.workers, settings.device)
+    from data.dali import DaliBackend, unfit_for
 
+    if problem := unfit_for(settings.device):
+        if loader == "dali":
+            raise ValueError(f"loader 'dali' cannot be used here: {problem}, or use data.loader=torch")
+        log.warning("data.loader=torch, for %s", problem)
+        return TorchBackend(Pictures(settings), settings.workers, settings.device)
     return DaliBackend(settings)

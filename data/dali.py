@@ -8,13 +8,16 @@ CPU the same function as in the torch loader resizes and flips: the two loaders'
 Shapes: b images a batch, 3 channels, S pixels a side.
 """
 
+import ctypes
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+import nvidia.dali
 import torch
 from nvidia.dali import Pipeline, fn, types
 
@@ -23,11 +26,33 @@ from data.loader import Loaded, Settings, arrange
 from data.plain import plain_size
 from data.sampling import MicroBatch
 from data.transforms import TrainTransform, cut
+from involution.checks import first_line
 
+log = logging.getLogger("involution.data")
 QUEUE = 4  # batches DALI prepares ahead: 18 % faster than 2 on a busy 2-core machine
 READERS = 8  # threads that read files
 CHUNK = 32  # files a task reads
 _DEVICE_PADDING, _HOST_PADDING = 211025920, 140544512  # nvJPEG buffers for ImageNet's largest image: no reallocation
+
+
+def unfit_for(device: torch.device) -> str | None:
+    """Why this DALI cannot work on a GPU that torch can use; None if it can, or on a CPU."""
+    if device.type != "cuda":
+        return None
+    if torch.version.hip is not None:
+        return "DALI is for NVIDIA's GPUs"
+    version = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return unfit(version.value // 1000, torch.cuda.get_device_capability(device))
+
+
+def unfit(driver: int, capability: tuple[int, int], built: int = nvidia.dali.__cuda_version__ // 1000) -> str | None:
+    """The same for a driver for CUDA `driver`, a GPU of this compute capability, and a DALI made for CUDA `built`."""
+    if driver < built:
+        return f"this DALI is made for CUDA {built}, the driver for {driver}: pip install nvidia-dali-cuda{driver}0"
+    if built >= 13 and capability < (7, 5):
+        return f"DALI for CUDA {built} needs a GPU of compute capability 7.5 or more: pip install nvidia-dali-cuda120"
+    return None
 
 
 class _Row(NamedTuple):
@@ -81,7 +106,7 @@ class DaliBackend:
                 unfinished = [(request, pillow) for request, pillow, _ in run.unfinished()]
                 if not unfinished or unfinished[0][1]:
                     raise
-                del error
+                log.warning("DALI fails, so some batches go through Pillow: %s", first_line(error))
                 source = itertools.chain(((request, True) for request, _ in unfinished), run.source)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ A line a kernel: tile (runs x groups x warps; of BatchNorm rows x channels x war
 memory of what a program may have,
 programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
 time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
-status 1 if one does not compile, needs more shared memory than there is, or spills in bf16 or fp16. At the end, for a
+status 1 if one does not compile, needs more shared memory than there is, or spills (fp32: over 512 bytes). At the end, for a
 RedNet in bf16 on sm_80 or sm_90, the training step that follows beside the ResNet's (scripts/kernels/prediction.py).
 """
 
@@ -30,6 +30,7 @@ from kernels.launches import Layer, Norm, launches, layers_of, networks, norms_o
 from kernels.prediction import CARDS, Floors, predict
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+SPILLED = {"fp32": 512, "fp64": 2048}  # bytes a thread that may be; none in 16 bits
 Case = tuple[str, Layer | Norm, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
 
 
@@ -118,7 +119,7 @@ def _problem(found: Compiled, dtype: str, arch: int) -> str:
         return "TOO MUCH SHARED MEMORY"
     if found.programs < 1:
         return "TOO MANY REGISTERS"
-    return "SPILLS" if found.spilled and dtype in ("bf16", "fp16") else ""
+    return "SPILLS" if found.spilled > SPILLED.get(dtype, 0) else ""
 
 
 def parse() -> argparse.Namespace:

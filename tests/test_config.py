@@ -197,6 +197,12 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["recipe=demo", "seed =3"], "no blanks around the =, please: seed=3"),
         (["recipe=demo", "data.mean=(0,0,0)"], "lists are written in brackets: 'data.mean=[0,0,0]'"),
         (["recipe=demo", "data.mean=[0,0,0"], "the [ is not closed: 'data.mean=[0,0,0]'"),
+        (
+            ["recipe=demo", "data.train_size={0:", "64,", "3:", "96}"],
+            "put the whole argument in quotes for the shell: 'data.train_size={0: 64, 3: 96}'",
+        ),
+        (["recipe=coco", "data.train_size=640"], "a detector's sizes are model.min_size and model.max_size"),
+        (["recipe=coco", "model.backbone.stem_kernel_size=3"], "wants a plus: +model.backbone.stem_kernel_size=VALUE"),
         (["recipe=demo", "optimizer.lr=1=2"], "optimizer.lr=1=2: a value with = needs quotes of its own"),
         (["recipe=demo", "optimizer.lr=é"], "a value with é needs quotes of its own, inside the shell's, for letters"),
         (["recipe=demo", "data.root=/my", "photos"], "put both in quotes: 'data.root=/my photos'"),

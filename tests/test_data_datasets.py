@@ -303,6 +303,11 @@ def test_check_dataset_writes_a_list_that_is_honoured(tmp_path: Path, capsys: py
     assert (len(splits.train), len(splits.val)) == (9, 8)
     assert pixels(splits.val).isfinite().all()
     assert run(check_dataset.main, tmp_path / "nowhere") == 2
+    downloaded = tmp_path / "cache" / "imagenette2-full" / "imagenette2"  # as data=imagenette leaves it
+    shutil.copytree(root, downloaded, symlinks=True, ignore=shutil.ignore_patterns(EXCLUDED))
+    assert run(check_dataset.main, tmp_path / "cache", "--data", "imagenette", "--workers", 2) == 1
+    splits = data.open_dataset("imagenette", tmp_path / "cache")
+    assert (len(splits.train), len(splits.val)) == (9, 8)
     (root / EXCLUDED).write_text("".join(f"val/{WNIDS[0]}/{WNIDS[0]}_{i}.JPEG\n" for i in range(3)))
     with pytest.raises(ValueError, match="leaves no images of class n01440764"):
         data.open_dataset("folder", root)

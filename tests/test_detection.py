@@ -36,6 +36,7 @@ from data.coco import bitmaps
 from data.coco_file import COCO as COCO_LAYOUT
 from data.coco_file import open_coco
 from involution import create_model
+from involution.engine.errors import UserError
 from involution.engine.finetune import start_from
 from involution.engine.tasks.detection import DetectionData
 from involution.weights.run_file import read
@@ -175,6 +176,17 @@ def test_one_command_pretrains_the_backbone(tmp_path):
     assert trained["stem.conv2.kernel_generation.span.weight"].shape[0] == 7 * 7 * 2
     assert {key for key in trained if key not in backbone} == {"fc.weight", "fc.bias"}
     assert all(torch.equal(value, trained[key]) for key, value in backbone.items())
+
+
+def test_weights_with_another_stem_say_what_they_want(tmp_path):
+    torch.save(create_model("rednet26", num_classes=2).state_dict(), tmp_path / "weights.pth")
+    options = {"name": "rednet26", "pretrained": tmp_path / "weights.pth"}
+    with pytest.raises(ValueError, match=r"these weights want \+model\.backbone\.stem_kernel_size=3$"):
+        create_model("faster_rcnn", num_classes=2, backbone=options)
+    create_model("faster_rcnn", num_classes=2, backbone=options | {"stem_kernel_size": 3})
+    model = create_model("faster_rcnn", num_classes=2, backbone="rednet26")
+    with pytest.raises(UserError, match="a classifier's weights; they go into the backbone"):
+        start_from(model, {"name": "faster_rcnn"}, str(tmp_path / "weights.pth"), None, ["a", "b"])
 
 
 def test_the_recipe_is_the_papers():

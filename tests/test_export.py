@@ -60,10 +60,12 @@ def test_the_banded_form_equals_the_fused_operator(size, stride, dilation, heigh
 
 def test_torch_program(model, tmp_path):
     model.train()
-    export.export_torch(model, tmp_path / "model.pt2")
+    export.export_torch(model, tmp_path / "model.pt2", class_names=["a cat", "b"])
     assert model.training
     assert not model.eval().training
-    program = torch.export.load(tmp_path / "model.pt2")
+    told = {"class_names": "", "val_size": "", "mean": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=told)
+    assert (told["class_names"], told["val_size"], told["mean"]) == ("a cat\nb", "224", "0.485 0.456 0.406")
     assert not any("involution" in str(node.target) for node in program.graph.nodes)
     for size in SIZES:
         images = torch.randn(size)
@@ -76,10 +78,12 @@ def test_torch_program(model, tmp_path):
 def test_onnx(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
     pytest.importorskip("onnxscript", reason="needs the export extra")
-    export.export_onnx(model, tmp_path / "model.onnx")
+    export.export_onnx(model, tmp_path / "model.onnx", class_names=["a", "b"])
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
     assert [i.name for i in session.get_inputs()] == ["images"]
     assert session.get_inputs()[0].shape[1] == 3
+    told = session.get_modelmeta().custom_metadata_map
+    assert (told["class_names"], told["val_resize"], told["std"]) == ("a\nb", "256", "0.229 0.224 0.225")
     for size in SIZES:
         images = torch.randn(size)
         [logits] = session.run(["logits"], {"images": images.numpy()})

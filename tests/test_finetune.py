@@ -1,5 +1,6 @@
 """Starting from weights: `train.py checkpoint=...`, with a new classifier, frozen parts, and a restart that resumes."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,23 @@ def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_pat
     assert finished.status == 2
     assert f"checkpoint was {saved}, is other.pth" in finished.stderr
     assert "name=" in finished.stderr
+
+
+def test_the_next_folder_is_another_run(tuned, images, weights, tmp_path):
+    """Of one default name, so that it would have been the first folder's result."""
+    folders = {
+        "data.root was ": shutil.copytree(images, tmp_path / "fewer"),
+        "": shutil.copytree(images, tmp_path / "moved"),
+    }
+    next((tmp_path / "fewer" / "train").rglob("*.jpg")).unlink()
+    folders["the list of classes was "] = shutil.copytree(images, tmp_path / "others")
+    for split in ("train", "val"):
+        next((tmp_path / "others" / split).iterdir()).rename(tmp_path / "others" / split / "zebra")
+    for said, folder in folders.items():
+        program, *arguments = command(tuned, folder, *TUNE, f"checkpoint={weights}")[1:]
+        finished = in_process(program, *arguments)
+        assert finished.status == (2 if said else 0), finished.stderr
+        assert said in finished.stderr
 
 
 def test_a_classifier_is_kept_for_the_same_classes_and_new_for_others(tuned, images, tmp_path):

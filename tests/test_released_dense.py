@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from programs import in_process
 
+import involution
 from involution import create_model
+from involution.export import export_program
 from involution.models import load_model, without_weights
 from involution.weights import dense, open_weights
 
@@ -59,6 +62,7 @@ def test_names_there_and_back(row, names):
     assert (told["name"], told["num_classes"], told["neck"], told.get("head")) == (name, 7, neck, head)
     with torch.device("meta"):
         assert create_model(**told).state_dict().keys() == state.keys()
+    assert dense.describe(state) == told  # under our names too
 
 
 def test_a_file_says_how_many_convolutions_retinanet_s_towers_have():
@@ -86,6 +90,18 @@ def test_a_released_detector_with_its_background_last(tmp_path):
         loaded["regions.box_predictor.bbox_pred.weight"][4:], state["regions.box_predictor.bbox_pred.weight"][4:]
     )
     assert not loaded["regions.box_predictor.bbox_pred.weight"][:4].any()
+    converted, again = str(tmp_path / "ours.safetensors"), str(tmp_path / "again.pth")
+    for words in ((str(tmp_path / "released.pth"), converted), (converted, again, "--to", "released")):
+        finished = in_process("scripts/convert_checkpoint.py", *words)
+        assert finished.status == 0, finished.stderr
+        assert "mask_rcnn" in finished.stdout
+    assert type(load_model(converted)) is type(model)
+    back = torch.load(again)["state_dict"]
+    assert all(torch.equal(back[key], value) for key, value in released.items())
+    with pytest.raises(ValueError, match=r"weights of a mask_rcnn, no classifier: involution\.models\.load_model"):
+        involution.load(converted)
+    with pytest.raises(ValueError, match="MaskRCNN cannot be exported: how many boxes survive depends"):
+        export_program(model)
     backbone = create_model("rednet26", num_classes=0, stem_kernel_size=7, pretrained=tmp_path / "released.pth")
     assert torch.equal(backbone.layer4[0].conv1.weight, state["backbone.layer4.0.conv1.weight"])
     other = create_model(

@@ -59,6 +59,8 @@ def test_predictions_need_a_place(jobs):
 def test_the_report_averages_seeds_and_marks_unfinished_runs(study, jobs, tmp_path):
     folder = shutil.copytree(study, tmp_path / "sweep")
     (folder / jobs[-1].name / "summary.json").unlink()
+    saved = folder / jobs[0].name / "config.yaml"  # where a seed ran makes it no other setting
+    saved.write_text(saved.read_text().replace("workers: 1\n", "workers: 4\n").replace("loader: ", "loader: other-"))
     finished = in_process("scripts/report.py", str(folder), "--format", "csv", "--out", str(tmp_path / "table.csv"))
     assert finished.status == 0, finished.stderr
     with open(tmp_path / "table.csv", newline="") as file:

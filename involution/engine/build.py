@@ -231,7 +231,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dic
     if others and now["data"]["name"].endswith("folder") and "data.root" in changed:  # somebody's next data set
         fatal["data.root"] = changed["data.root"]
     if (classes := state["class_names"]) != list(data_set.class_names):
-        fatal["the classes"] = _listed(classes), _listed(data_set.class_names)
+        fatal["the list of classes"] = _listed(classes), _listed(data_set.class_names)
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
         with torch.device("meta"):

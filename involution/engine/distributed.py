@@ -2,7 +2,9 @@
 
 import datetime
 import os
-import subprocess
+import re
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 import torch.distributed as dist
 
 from involution.engine.device import choose_device, keep_freed_memory
+from involution.engine.errors import UserError
 from involution.engine.peers import Peers
 
+SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
 
 
@@ -51,11 +55,50 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     timeout = datetime.timedelta(minutes=timeout_minutes, seconds=30)
     if size > 1:
         # gloo beside NCCL: flags and objects travel between CPUs and never wait for the GPU
+        _choose_interface()
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         store = _store_of_this_attempt(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _watch(rank, size, 60 * timeout_minutes)
     return World(rank, size, chosen, timeout)
+
+
+def _choose_interface() -> None:
+    """Let gloo listen where other nodes reach this one.
+
+    It takes the address of the host's name, and on many images that is the loopback's. Then it is the interface that a
+    packet to rank 0, or on its own node to anywhere, would leave by.
+    """
+    env = os.environ
+    one_node = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"] or env.get("SLURM_STEP_NUM_NODES") == "1"
+    if one_node or "GLOO_SOCKET_IFNAME" in env or env["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+        return
+    try:
+        named = socket.gethostbyname(socket.gethostname())
+        master = socket.gethostbyname(env["MASTER_ADDR"])
+    except OSError:
+        return  # the rendezvous says more
+    if not named.startswith("127."):
+        return
+    for target in (master, "192.0.2.1"):  # the second is nobody's (RFC 5737), and connecting UDP sends nothing
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            own = probe.getsockname()[0]
+            if not own.startswith("127.") and (name := _interface(own)):
+                env["GLOO_SOCKET_IFNAME"] = name
+                return
+
+
+def _interface(address: str) -> str | None:
+    """The name of the network interface with an IPv4 address (Linux)."""
+    import fcntl  # not on every system
+
+    for _, name in socket.if_nameindex():
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, name.encode()[:15].ljust(40, b"\0"))
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
 
 
 def _store_of_this_attempt(timeout: datetime.timedelta) -> dist.Store:
@@ -117,12 +160,19 @@ def _adopt_slurm() -> None:
     env = os.environ
     if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
         return
-    nodes = env["SLURM_STEP_NODELIST"]
-    hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True).stdout
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env.setdefault("MASTER_ADDR", hosts.split()[0])
     env.setdefault("MASTER_PORT", _port(env["SLURM_JOB_ID"]))
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a list of SLURM's: gpu[003-007,012],other. (Containers have no scontrol to ask.)"""
+    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)(?:,|$)", nodes)
+    if found is None:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes}: set MASTER_ADDR to the first of these hosts")
+    return found[1] + (found[2] or "") + found[3]
 
 
 def leave_world() -> None:

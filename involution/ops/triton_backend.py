@@ -39,6 +39,8 @@ def _run(launch: Launch, device: torch.device) -> None:
 @functools.cache
 def _cannot_launch(device: torch.device) -> str | None:
     """Why Triton cannot launch anything on this GPU: it builds a piece of C for the driver at run time."""
+    if torch.version.hip is not None:
+        return "the kernels are made for NVIDIA's GPUs, and were never compiled for AMD's"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "the GPU is older than compute capability 8.0"
     try:

@@ -73,8 +73,8 @@ def _malloc() -> str:
 
 
 def fill_heap(args: argparse.Namespace, gib: float) -> None:
-    """Touch memory once and free it: where it is kept, later allocations of that much find it resident."""
-    if args.allocator == "keep":
+    """Touch memory once and free it: where it is kept, later allocations of that much find it resident. On CPUs."""
+    if args.allocator == "keep" and args.device == "cpu":
         torch.zeros(int(gib * 2**28))
 
 
