@@ -54,12 +54,10 @@ def curve(runs: list[list[dict[str, Any]]], key: str) -> Curve:
 
 def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
     """Draw the curves of `groups` into the file `out` (PNG, PDF or SVG by its ending)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
     recorded = next((run[0] for runs in groups.values() for run in runs if run), None)
     if recorded is None:
         raise ValueError("none of these runs has finished an epoch")
