@@ -196,8 +196,12 @@ class TrainLoader(_Loader):
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
+    def samples(self, step: int) -> int:
+        """Number of samples of global step `step`, counted from the start of training, over all ranks."""
+        return self.plan.samples(step)
+
     def micro_batches(self, step: int) -> int:
-        """Number of batches this rank gets in global step `step`, counted from the start of training."""
+        """Number of batches this rank gets in that step."""
         return self.plan.micro_batches(step)
 
     def seek(self, step: int) -> None:
