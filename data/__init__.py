@@ -58,7 +58,6 @@ def train_loader(
     loader: str = "auto",
     rank: int = 0,
     world_size: int = 1,
-    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     workers: int = 4,
     decoder: str = "cpu",
@@ -83,7 +82,6 @@ def train_loader(
             other than 3: the files have C channels, and so have the batches (data.bands).
         loader: "dali" (1 or 3 channels), "torch", or "auto" (dali where it is installed and does; torch for policies on
             a GPU, whose work on the CPU scales with worker processes).
-        dtype: of the images.
         device: "cuda" pins memory (torch) or puts the images on the GPU (dali).
         workers: worker processes (torch; 0 loads in this process) or threads (dali).
         decoder: dali only: "cpu", or "mixed" to decode on the GPU.
@@ -103,7 +101,7 @@ def train_loader(
         raise ValueError(f"scale {scale} and ratio {ratio} must be (low, high) with 0 < low <= high")
     plan = Plan(len(images), batch_size, global_batch_size, rank, world_size, repeats)
     transform = TrainTransform(seed, sizes, (scale[0], scale[1]), (ratio[0], ratio[1]), flip, tuple(policies))
-    settings = _settings(images, transform, mean, std, dtype, device, workers, decoder, max_pixels)
+    settings = _settings(images, transform, mean, std, device, workers, decoder, max_pixels)
     settings = dataclasses.replace(settings, erasing=Erasing(seed, erasing) if erasing else None, mixing=mixing)
     return TrainLoader(_backend(loader, settings), settings, plan, seed, on_error)
 
@@ -119,7 +117,6 @@ def eval_loader(
     loader: str = "auto",
     rank: int = 0,
     world_size: int = 1,
-    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     workers: int = 4,
     decoder: str = "cpu",
@@ -137,16 +134,13 @@ def eval_loader(
         raise ValueError(f"val_size is {val_size} and val_resize {val_resize}; expected 0 < val_size <= val_resize")
     if batch_size < 1 or not 0 <= rank < world_size or not len(images):
         raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size} and {len(images)} images do not work")
-    settings = _settings(
-        images, EvalTransform(val_resize, val_size), mean, std, dtype, device, workers, decoder, max_pixels
-    )
+    transform = EvalTransform(val_resize, val_size)
+    settings = _settings(images, transform, mean, std, device, workers, decoder, max_pixels)
     requests = eval_batches(len(images), batch_size, rank, world_size)
     return EvalLoader(_backend(loader, settings), settings, requests, on_error)
 
 
-def _settings(  # type: ignore[no-untyped-def]
-    images, transform, mean, std, dtype, device, workers, decoder, max_pixels
-) -> Settings:
+def _settings(images, transform, mean, std, device, workers, decoder, max_pixels) -> Settings:  # type: ignore[no-untyped-def]
     if decoder not in ("cpu", "mixed"):
         raise ValueError(f"decoder is {decoder!r}, expected 'cpu' or 'mixed'")
     if len(mean) != len(std) or not mean:
@@ -155,9 +149,7 @@ def _settings(  # type: ignore[no-untyped-def]
         raise ValueError(f"workers is {workers}, expected 0 or more")
     if max_pixels < 1:
         raise ValueError(f"max_pixels is {max_pixels}, expected 1 or more")
-    return Settings(
-        images, transform, tuple(mean), tuple(std), dtype, torch.device(device), workers, decoder, max_pixels
-    )
+    return Settings(images, transform, tuple(mean), tuple(std), torch.device(device), workers, decoder, max_pixels)
 
 
 def check_bands(channels: int, loader: str, policies: Sequence[Policy]) -> None:

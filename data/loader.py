@@ -71,7 +71,6 @@ class Settings:
     transform: Transform
     mean: tuple[float, ...]  # a value a channel
     std: tuple[float, ...]
-    dtype: torch.dtype
     device: torch.device
     workers: int
     decoder: str = "cpu"
@@ -158,7 +157,7 @@ class _Loader:
     def _accept(self, loaded: Any) -> Any:
         self._note(loaded.bad)
         s = self.settings
-        batch = Batch(normalise(loaded.pictures, s.mean, s.std, s.dtype), loaded.targets, loaded.request.valid)
+        batch = Batch(normalise(loaded.pictures, s.mean, s.std), loaded.targets, loaded.request.valid)
         if s.erasing is not None:
             s.erasing.apply(batch.images, loaded.request)
         if s.mixing is None:
@@ -197,8 +196,12 @@ class TrainLoader(_Loader):
     def steps_per_epoch(self) -> int:
         return self.plan.steps_per_epoch
 
+    def samples(self, step: int) -> int:
+        """Number of samples of global step `step`, counted from the start of training, over all ranks."""
+        return self.plan.samples(step)
+
     def micro_batches(self, step: int) -> int:
-        """Number of batches this rank gets in global step `step`, counted from the start of training."""
+        """Number of batches this rank gets in that step."""
         return self.plan.micro_batches(step)
 
     def seek(self, step: int) -> None:

@@ -85,14 +85,10 @@ _RAND, _TRIVIAL = _Ranges(0.3, 150 / 331, 30.0, 0.9, 4), _Ranges(0.99, 32.0, 135
 
 @dataclass(frozen=True)
 class RandAugment:
-    """torchvision's: `operations` of its 14, one after the other, with `magnitude` of 0 to 30."""
+    """torchvision's: two of its 14 operations, one after the other, with `magnitude` of 0 to 30."""
 
     magnitude: int = 9
-    operations: int = 2
-
-    @property
-    def draws(self) -> int:
-        return 2 * self.operations
+    draws: int = 4
 
     def __call__(self, image: Image.Image, draw: Sequence[float]) -> Image.Image:
         for which, sign in zip(draw[::2], draw[1::2]):

@@ -187,10 +187,14 @@ class Plan:
     def _full(self) -> int:
         return self.global_batch_size // (self.batch_size * self.world_size)
 
-    def micro_batches(self, step: int) -> int:
-        """Number of micro-batches this rank gets in global step `step`, counted from the start of training."""
+    def samples(self, step: int) -> int:
+        """Number of samples of global step `step`, counted from the start of training, over all ranks."""
         start = step % self.steps_per_epoch * self.global_batch_size
-        return -(-min(self.global_batch_size, self.n - start) // (self.batch_size * self.world_size))
+        return min(self.global_batch_size, self.n - start)
+
+    def micro_batches(self, step: int) -> int:
+        """Number of micro-batches this rank gets in global step `step`."""
+        return -(-self.samples(step) // (self.batch_size * self.world_size))
 
     def position(self, step: int) -> tuple[int, int]:
         """Global step -> (epoch, batch): the step's first micro-batch on this rank."""

@@ -164,7 +164,6 @@ class MaskSettings:
     device: torch.device
     workers: int
     window: tuple[int, int] | None = None
-    dtype: torch.dtype = torch.float32
 
 
 class _Pairs(Dataset[LoadedMasks]):
@@ -219,7 +218,7 @@ class MaskTrainLoader(TrainLoader):
         if s.augmentation.photometric:
             numbers = loaded.draws[:, _DISTORT : _DISTORT + 10].tolist()
             pictures = torch.stack([distort(x.float(), draw) for x, draw in zip(pictures, numbers, strict=True)])
-        images = normalise(pictures, s.mean, s.std, s.dtype)
+        images = normalise(pictures, s.mean, s.std)
         return SegmentationBatch(images, loaded.masks, loaded.indices, loaded.valid)
 
 
@@ -229,7 +228,7 @@ class MaskEvalLoader(EvalLoader):
     def _accept(self, loaded: LoadedMasks) -> SegmentationBatch:
         self._note(loaded.bad)
         s: MaskSettings = self.settings
-        images = [normalise(picture[None], s.mean, s.std, s.dtype) for picture in loaded.pictures]
+        images = [normalise(picture[None], s.mean, s.std) for picture in loaded.pictures]
         return SegmentationBatch(images, loaded.masks, loaded.indices, loaded.valid)
 
 

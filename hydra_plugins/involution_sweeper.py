@@ -28,10 +28,8 @@ class Sweeper(BasicSweeper):
         rows: lists of overrides that belong together: each is combined with the rest.
     """
 
-    def __init__(
-        self, params: dict[str, str] | None, rows: Sequence[Sequence[str]] | None, max_batch_size: int | None = None
-    ) -> None:
-        super().__init__(max_batch_size, params)
+    def __init__(self, params: dict[str, str] | None, rows: Sequence[Sequence[str]] | None) -> None:
+        super().__init__(max_batch_size=None, params=params)
         self.rows = rows or [[]]
 
     def sweep(self, arguments: list[str]) -> Any:

@@ -60,7 +60,7 @@ def draw(runs: list[str], root: str | None, samples: int, out: Path) -> None:
         picture = np.array(image)
         maps = [truth]
         for each, d in zip(opened, settings, strict=True):
-            pixels = normalise(torch.from_numpy(picture)[None], d.mean, d.std, torch.float32)
+            pixels = normalise(torch.from_numpy(picture)[None], d.mean, d.std)
             maps.append(classify(each.model.eval(), pixels, truth.shape, d.window).numpy())
         rows.append([picture, *(overlay(picture, classes, colours) for classes in maps)])
         titles.append(Path(val.images[index]).name)

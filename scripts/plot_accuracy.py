@@ -55,14 +55,10 @@ def own(axes: Any, folders: list[Path]) -> None:
 
 def draw(folders: list[Path], out: Path) -> list[Path]:
     """Write out.png and out.pdf."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        2 if folders else 1, 2, figsize=(10, 7.4 if folders else 3.8), layout="constrained", squeeze=False
-    )
+    figure = Figure(figsize=(10, 7.4 if folders else 3.8), layout="constrained")
+    axes = figure.subplots(2 if folders else 1, 2, squeeze=False)
     paper(axes[0])
     if folders:
         own(axes[1], folders)

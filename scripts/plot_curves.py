@@ -3,64 +3,37 @@
     python scripts/plot_curves.py runs/photos-rednet26 runs/photos-resnet26 --out docs/benchmarks/curves.png
     python scripts/plot_curves.py --mean runs/study --out docs/benchmarks/study-curves.png
 
-Left the training loss, right the validation top-1, against the epoch: a line a run, named by its folder. With --mean
-the runs in and below the folders are averaged over seeds: a line a setting, in a band from the lowest to the highest.
+Left the training loss, right the validation top-1, against the epoch: a line a run in or below the folders, named by
+its own. With --mean they are averaged over seeds: a line a setting, in a band from the lowest to the highest.
 """
 
 import argparse
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
+
+from run_folders import Run, find_runs, settings
 
 SCORES = {"val_top1": "top-1", "val_miou": "mIoU", "val_ap": "AP"}  # of the tasks
 Curve = list[tuple[int, list[float]]]  # epoch, the value of each run
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The epochs of a run.
-
-    Raises:
-        ValueError: when the folder holds no run.
-    """
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    if not lines:
-        raise ValueError(f"{run} holds no finished epoch (no lines in {path}); give folders that train.py wrote")
-    return [json.loads(line) for line in lines]
-
-
-def by_folder(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
-    """{name: [a run's lines]}"""
-    return {folder.resolve().name: [read_metrics(folder)] for folder in folders}
-
-
-def by_setting(folders: list[Path]) -> dict[str, list[list[dict[str, Any]]]]:
-    """{setting: [lines of the run of each seed]}"""
-    from run_folders import find_runs, settings
-
-    return {name: [run.lines for run in runs] for name, runs in settings(find_runs(folders)).items()}
-
-
-def curve(runs: list[list[dict[str, Any]]], key: str) -> Curve:
+def curve(runs: list[Run], key: str) -> Curve:
     """The values of `key` at each epoch that any of the runs has one for."""
     values = defaultdict(list)
-    for line in (line for run in runs for line in run if line[key] is not None):
+    for line in (line for run in runs for line in run.lines if line[key] is not None):
         values[line["epoch"]].append(line[key])
     return sorted(values.items())
 
 
-def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
+def draw(groups: dict[str, list[Run]], out: Path) -> None:
     """Draw the curves of `groups` into the file `out` (PNG, PDF or SVG by its ending)."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    recorded = next((run[0] for runs in groups.values() for run in runs if run), None)
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2)
+    recorded = next((run.lines[0] for runs in groups.values() for run in runs if run.lines), None)
     if recorded is None:
         raise ValueError("none of these runs has finished an epoch")
     score = next((key for key in SCORES if key in recorded), "val_top1")
@@ -85,12 +58,13 @@ def draw(groups: dict[str, list[list[dict[str, Any]]]], out: Path) -> None:
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders of runs")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="picture to write")
-    parser.add_argument("--mean", action="store_true", help="average over seeds; folders of runs will do")
+    parser.add_argument("--mean", action="store_true", help="average over seeds")
     arguments = parser.parse_args()
     try:
-        draw((by_setting if arguments.mean else by_folder)(arguments.runs), arguments.out)
+        runs = find_runs(arguments.runs)
+        draw(settings(runs) if arguments.mean else {run.path.resolve().name: [run] for run in runs}, arguments.out)
     except ValueError as error:
         print(f"plot_curves.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -23,15 +23,12 @@ from involution.visualize import FIGURE3, find_layer, kernel_heat_maps, scaled, 
 
 def draw(shown: Tensor, maps: Tensor, title: str, out: Path, groups: int) -> list[Path]:
     """Pictures (B, 3, S, S) in [0, 1] and maps (B, G, Ho, Wo) -> out.png, out.pdf."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     groups = min(groups, maps.shape[1])
     maps = F.interpolate(scaled(maps[:, :groups]), shown.shape[-2:], mode="bilinear", align_corners=False)
-    size = (1.4 * (groups + 1), 1.45 * len(shown) + 0.4)
-    figure, axes = plt.subplots(len(shown), groups + 1, figsize=size, layout="constrained", squeeze=False)
+    figure = Figure(figsize=(1.4 * (groups + 1), 1.45 * len(shown) + 0.4), layout="constrained")
+    axes = figure.subplots(len(shown), groups + 1, squeeze=False)
     for row, picture, heat in zip(axes, shown, maps):
         row[0].imshow(picture.permute(1, 2, 0).numpy())
         for group, axis in enumerate(row[1:]):

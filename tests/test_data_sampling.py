@@ -73,6 +73,7 @@ def test_every_image_once_an_epoch_in_the_same_steps(world: int, n: int, batch: 
                 assert len(part.indices) == batch
                 of_step += part.indices[: part.valid].tolist()
         assert sorted(of_step) == sorted(order[step * size : (step + 1) * size])  # whatever the number of ranks
+        assert {plan.samples(step) for plan in plans} == {len(of_step)}
         seen += of_step
     assert sorted(seen) == list(range(n))
     assert plans[0].position(plans[0].steps_per_epoch) == (1, 0)

@@ -1,4 +1,4 @@
-"""RedNets in timm, after what timm's own tests of models expect."""
+"""Our networks in timm, after what timm's own tests of models expect."""
 
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from models_common import fitted
 from timm.models import get_pretrained_cfg, is_model, list_models
 
 import involution
+from involution.models.timm_models import MAKERS
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["rednet26", "rednet38", "rednet50", "rednet101", "rednet152"]
@@ -32,11 +33,16 @@ def test_names_and_configuration():
     assert cfg.architecture == "rednet50"
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_weights_have_our_names(name):
+@pytest.mark.parametrize("name", MAKERS)
+def test_weights_have_our_names(name: str) -> None:
     with torch.device("meta"):
-        ours, theirs = involution.create_model(name), timm.create_model(name)
-    assert [*ours.state_dict()] == [*theirs.state_dict()]
+        ours, theirs = involution.create_model(name, num_classes=7), timm.create_model(name, num_classes=7, in_chans=3)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    cfg, keys = theirs.default_cfg, theirs.state_dict().keys()
+    first = cfg["first_conv"]
+    for layer in (first,) if isinstance(first, str) else first:
+        assert theirs.get_submodule(layer).in_channels == 3
+        assert f"{layer}.weight" in keys
 
 
 def test_forward_and_backward():

@@ -66,9 +66,9 @@ class CrissCross(nn.Module):
 class GlobalContext(nn.Module):
     """One vector for the image, pooled by attention, through a bottleneck (r = 16), added to every pixel."""
 
-    def __init__(self, channels: int, reduction_ratio: int = 16) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        reduced = channels // reduction_ratio
+        reduced = channels // 16
         self.attention = nn.Conv2d(channels, 1, 1)
         self.reduce, self.expand = nn.Conv2d(channels, reduced, 1), nn.Conv2d(reduced, channels, 1)
         self.norm = nn.LayerNorm([reduced, 1, 1])

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from involution.dense.anchors import Anchors, LowQualityMatcher
-from involution.dense.pyramid import CHANNELS, spatial_layer
+from involution.dense.pyramid import spatial_layer
 from involution.layers import Involution2d
 
 SIZES = ((32,), (64,), (128,), (256,), (512,))
@@ -48,9 +48,9 @@ class ProposalHead(nn.Module):
 
 
 class Proposals(RegionProposalNetwork):
-    """torchvision's, with the paper's values: L1 and not smooth L1, 1000 proposals an image in training too."""
+    """torchvision's, with the paper's values: L1 and not smooth L1, ``count`` proposals an image in training too."""
 
-    def __init__(self, head: str, count: int = 1000, width: int = CHANNELS, box_loss_beta: float = 0.0) -> None:
+    def __init__(self, head: str, count: int, width: int, box_loss_beta: float) -> None:
         anchors = Anchors(SIZES, STRIDES)
         super().__init__(
             anchors,  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from involution.dense.anchors import LowQualityMatcher
 from involution.dense.masks import mask_targets, zero_loss
 from involution.dense.proposals import init_kaiming
-from involution.dense.pyramid import CHANNELS, spatial_layer
+from involution.dense.pyramid import spatial_layer
 from involution.dense.roi_align import RoIAlign
 
 BOX, MASK = 7, 14  # pixels a side that are pooled for a box and for its mask
@@ -40,12 +40,12 @@ class Regions(RoIHeads):
         num_classes: int,
         head: str,
         masks: bool,
-        samples: int = 512,
-        width: int = 1024,
-        channels: int = CHANNELS,
-        box_loss_beta: float = 0.0,
-        roi_aligned: bool = True,
-        roi_samples: int = 0,
+        samples: int,
+        width: int,
+        channels: int,
+        box_loss_beta: float,
+        roi_aligned: bool,
+        roi_samples: int,
     ) -> None:
         super().__init__(
             RoIAlign(BOX, roi_aligned, roi_samples),

@@ -33,12 +33,12 @@ class Retina(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        width: int = CHANNELS,
-        box_loss_beta: float = 0.0,
-        normalizer: str = "batch",
-        head_norm: bool = False,
-        anchor_scale: float = 4.0,
-        stacked_convs: int = 4,
+        width: int,
+        box_loss_beta: float,
+        normalizer: str,
+        head_norm: bool,
+        anchor_scale: float,
+        stacked_convs: int,
     ) -> None:
         super().__init__()
         if not 0 < anchor_scale < float("inf"):

@@ -1,1 +1,5 @@
-"""The training engine: steps any task over any loader, loses nothing, knows nothing of Hydra or of images."""
+"""The training engine: from the configuration to runs, their checkpoints and their evaluations.
+
+Its loop (trainer, learner, evaluate, meter, guard) steps any task over any loader and loses nothing; that part knows
+nothing of Hydra or of images.
+"""

@@ -98,7 +98,6 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         build_schedule(config.optimizer["lr"], total_steps, steps_per_epoch, **config.schedule),
         train_loader,
         setup.eval_loader(val, config.data, setup.EVAL_BATCH or o.batch_size, world),
-        train_size=len(train),
         val_size=len(val),
         options=o,
         world=world,

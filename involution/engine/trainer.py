@@ -44,6 +44,7 @@ class TrainLoader(Loader, Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
+    def samples(self, step: int) -> int: ...
     def micro_batches(self, step: int) -> int: ...
     def seek(self, step: int) -> None: ...
 
@@ -53,22 +54,20 @@ class Trainer:
 
     Args:
         model: on `world.device`, in its memory format.
-        train_size, val_size: numbers of samples, over all ranks.
         val_loader: finite; this rank's share.
+        val_size: number of its samples, over all ranks.
         extra_state: goes into every checkpoint as it is: "config" (also shown in TensorBoard), "class_names".
         gallery: what to draw at every evaluation, if anything; needed on rank 0 only.
     """
 
     def __init__(
         self, model: nn.Module, task: Task, optimizer: torch.optim.Optimizer, schedule: Schedule,
-        train_loader: TrainLoader, val_loader: Loader, *, train_size: int, val_size: int,
-        options: TrainOptions, world: World, run: RunFolder, extra_state: dict[str, Any],
-        gallery: Gallery | None = None,
+        train_loader: TrainLoader, val_loader: Loader, *, val_size: int, options: TrainOptions, world: World,
+        run: RunFolder, extra_state: dict[str, Any], gallery: Gallery | None = None,
     ) -> None:  # fmt: skip
         self.learner = Learner(model, task, optimizer, schedule, options, world)
         self.task, self.schedule = task, schedule
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.train_size, self.val_size = train_size, val_size
+        self.train_loader, self.val_loader, self.val_size = train_loader, val_loader, val_size
         self.options, self.world, self.run, self.extra_state = options, world, run, extra_state
         self.gallery = gallery
 
@@ -147,9 +146,7 @@ class Trainer:
 
     def train_step(self, batches: Iterator[Batch]) -> None:
         """Fetch this rank's part of a step and learn from it."""
-        start = self.step % self.steps_per_epoch * self.options.global_batch_size
-        # an epoch's last step may be smaller
-        samples = min(self.options.global_batch_size, self.train_size - start) / self.world.size
+        samples = self.train_loader.samples(self.step) / self.world.size  # an epoch's last step may have fewer
         count = self.train_loader.micro_batches(self.step)
         mine = (self.fetch(batches) for _ in range(count))
         losses, bad = self.learner.step(self.step, mine, count, samples)

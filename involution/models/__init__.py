@@ -19,16 +19,8 @@ from involution.weights import dense as dense_names
 from involution.weights.published import PUBLISHED
 
 MODELS: dict[str, Callable[..., StagedNetwork]] = {
-    "rednet26": rednet.rednet26,
-    "rednet38": rednet.rednet38,
-    "rednet50": rednet.rednet50,
-    "rednet101": rednet.rednet101,
-    "rednet152": rednet.rednet152,
-    "resnet26": resnet.resnet26,
-    "resnet38": resnet.resnet38,
-    "resnet50": resnet.resnet50,
-    "resnet101": resnet.resnet101,
-    "resnet152": resnet.resnet152,
+    **rednet.MODELS,
+    **resnet.MODELS,
     **san.MODELS,
     **standalone.MODELS,
     **lrnet.MODELS,
@@ -147,10 +139,8 @@ def model_options(name: str) -> list[str]:
 def model_defaults(name: str) -> dict[str, Any]:
     """The options that ``create_model(name, num_classes, ...)`` takes, and their values when they are left out."""
     maker = _dense(name) if name in DENSE else MODELS[name]
-    if not isinstance(maker, partial) and name not in DENSE:
-        maker = RedNet if name.startswith("rednet") else ResNet
     parameters = inspect.signature(maker).parameters
-    return {key: p.default for key, p in parameters.items() if key not in ("depths", "num_classes")}
+    return {key: p.default for key, p in parameters.items() if key != "num_classes"}
 
 
 def _dense(name: str) -> Any:

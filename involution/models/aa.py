@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from involution.checks import NotTraced, check_positive
-from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import DEPTHS, STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
 
 HEADS = 8
 KAPPA, UPSILON = 0.2, 0.1  # shares of the channels for keys and for values
@@ -135,7 +135,4 @@ class AAResNet(BottleneckNetwork):
         super().__init__(ConvolutionStem(in_chans), block, depths, num_classes, zero_init_residual=zero_init_residual)
 
 
-_DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
-
-
-MODELS = {f"aa_resnet{number}": partial(AAResNet, depths) for number, depths in _DEPTHS.items()}
+MODELS = {f"aa_resnet{number}": partial(AAResNet, DEPTHS[number]) for number in (50, 101, 152)}

@@ -15,6 +15,8 @@ from involution.sequence import norm_relu, sequence
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
+#: blocks of the four stages
+DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 
 #: (channels, stride, dilation) -> the layer between a block's two 1x1 convolutions
 SpatialLayer = Callable[[int, int, int], nn.Module]

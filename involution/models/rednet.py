@@ -1,6 +1,7 @@
 """RedNet: ResNet's bottlenecks with the 3x3 convolution replaced by a 7x7 involution (Section 3.2).
 
-RedNet-26/38/50/101/152 have 9.233 / 12.387 / 15.541 / 25.653 / 33.985 M parameters with 1000 classes.
+RedNet-26/38/50/101/152 have 9.233 / 12.387 / 15.541 / 25.653 / 33.985 M parameters with 1000 classes. The paper
+states 1.7 / 2.2 / 2.7 / 4.7 / 6.8 G FLOPs and 75.9 / 77.6 / 78.4 / 79.1 / 79.3 % top-1.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from involution.checks import check_odd, check_positive
 from involution.layers import Involution2d
-from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import DEPTHS, STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
 from involution.sequence import sequence
 
 
@@ -93,26 +94,4 @@ class RedNet(BottleneckNetwork):
         super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
 
 
-def rednet26(**options: Any) -> RedNet:
-    """RedNet-26: 9.2 M parameters, 1.7 G FLOPs, 75.9 % top-1 in the paper."""
-    return RedNet((1, 2, 4, 1), **options)
-
-
-def rednet38(**options: Any) -> RedNet:
-    """RedNet-38: 12.4 M parameters, 2.2 G FLOPs, 77.6 % top-1 in the paper."""
-    return RedNet((2, 3, 5, 2), **options)
-
-
-def rednet50(**options: Any) -> RedNet:
-    """RedNet-50: 15.5 M parameters, 2.7 G FLOPs, 78.4 % top-1 in the paper."""
-    return RedNet((3, 4, 6, 3), **options)
-
-
-def rednet101(**options: Any) -> RedNet:
-    """RedNet-101: 25.7 M parameters, 4.7 G FLOPs, 79.1 % top-1 in the paper."""
-    return RedNet((3, 4, 23, 3), **options)
-
-
-def rednet152(**options: Any) -> RedNet:
-    """RedNet-152: 34.0 M parameters, 6.8 G FLOPs, 79.3 % top-1 in the paper."""
-    return RedNet((3, 8, 36, 3), **options)
+MODELS = {f"rednet{number}": partial(RedNet, depths) for number, depths in DEPTHS.items()}

@@ -1,15 +1,17 @@
 """ResNet with bottlenecks, the baseline of Table 1: the stride sits on the 3x3 convolution, as in torchvision's.
 
+ResNet-26/38/50/101/152 have 13.7 / 19.6 / 25.6 / 44.5 / 60.2 M parameters. The paper states 2.4 / 3.2 / 4.1 / 7.9 /
+11.6 G FLOPs and 73.6 / 76.0 / 76.8 / 78.5 / 79.3 % top-1.
+
 ResNet-50 has torchvision's parameters under torchvision's names, but for the stem's prefix ``stem.``.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from torch import nn
 
-from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
+from involution.models.bottleneck import DEPTHS, STAGE_WIDTHS, Bottleneck, BottleneckNetwork, ConvolutionStem
 
 
 class DeepStem(nn.Sequential):
@@ -55,26 +57,4 @@ class ResNet(BottleneckNetwork):
         super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
 
 
-def resnet26(**options: Any) -> ResNet:
-    """ResNet-26: 13.7 M parameters, 2.4 G FLOPs, 73.6 % top-1 in the paper."""
-    return ResNet((1, 2, 4, 1), **options)
-
-
-def resnet38(**options: Any) -> ResNet:
-    """ResNet-38: 19.6 M parameters, 3.2 G FLOPs, 76.0 % top-1 in the paper."""
-    return ResNet((2, 3, 5, 2), **options)
-
-
-def resnet50(**options: Any) -> ResNet:
-    """ResNet-50: 25.6 M parameters, 4.1 G FLOPs, 76.8 % top-1 in the paper."""
-    return ResNet((3, 4, 6, 3), **options)
-
-
-def resnet101(**options: Any) -> ResNet:
-    """ResNet-101: 44.5 M parameters, 7.9 G FLOPs, 78.5 % top-1 in the paper."""
-    return ResNet((3, 4, 23, 3), **options)
-
-
-def resnet152(**options: Any) -> ResNet:
-    """ResNet-152: 60.2 M parameters, 11.6 G FLOPs, 79.3 % top-1 in the paper."""
-    return ResNet((3, 8, 36, 3), **options)
+MODELS = {f"resnet{number}": partial(ResNet, depths) for number, depths in DEPTHS.items()}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from involution.attention import position_scores, window_softmax
 from involution.checks import NotTraced, check_odd, check_positive
 from involution.kernel_generation import stride_pool
-from involution.models.bottleneck import STAGE_WIDTHS, Bottleneck, BottleneckNetwork
+from involution.models.bottleneck import DEPTHS, STAGE_WIDTHS, Bottleneck, BottleneckNetwork
 from involution.ops import involution2d, neighbourhood_product
 from involution.sequence import sequence
 
@@ -162,7 +162,4 @@ class StandAloneResNet(BottleneckNetwork):
         self.feature_info[0]["reduction"] = 1
 
 
-_DEPTHS = {26: (1, 2, 4, 1), 38: (2, 3, 5, 2), 50: (3, 4, 6, 3)}
-
-
-MODELS = {f"standalone_resnet{number}": partial(StandAloneResNet, depths) for number, depths in _DEPTHS.items()}
+MODELS = {f"standalone_resnet{number}": partial(StandAloneResNet, DEPTHS[number]) for number in (26, 38, 50)}

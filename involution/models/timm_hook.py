@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-ENTRIES = ("involution.models.timm_rednet", "involution.models.timm_attention")
+ENTRY = "involution.models.timm_models"
 
 
 class _AfterTimm(importlib.abc.MetaPathFinder):
-    """Finds timm as the other finders do, and imports ENTRIES once timm has run."""
+    """Finds timm as the other finders do, and imports ENTRY once timm has run."""
 
     searching = False
 
@@ -44,8 +44,7 @@ class _AfterTimm(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     try:
-        for entry in ENTRIES:
-            importlib.import_module(entry)
+        importlib.import_module(ENTRY)
     except ImportError as error:  # a timm too old or too new must not make "import timm" fail
         warnings.warn(f"our models are not registered with this timm: {error}", stacklevel=2)
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks import timing
+from benchmarks.networks import fit_statistics
 from benchmarks.report import Report, Row
 from involution import create_model
 
@@ -66,18 +66,6 @@ def detectors(args: argparse.Namespace) -> dict[str, nn.Module]:
     for model in models.values():
         model.to(args.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return models
-
-
-def fit_statistics(model: Any, device: str) -> None:
-    """A fresh RedNet overflows with statistics that are not its own; it has been pre-trained where one detects."""
-    norms = [m for m in model.backbone.modules() if isinstance(m, _BatchNorm)]
-    for norm in norms:
-        norm.train()
-        norm.momentum = None
-    with torch.no_grad():
-        model.backbone(torch.randn(2, 3, 128, 128, device=device))
-    for norm in norms:
-        norm.momentum = 0.1
 
 
 def inference(model: nn.Module, samples: list[Sample], device: str) -> Callable[[], Any]:
@@ -139,8 +127,9 @@ def scoring(n: int) -> Row:
 def run(args: argparse.Namespace, report: Report) -> None:
     samples = photos(args.coco, args.images, args.quick)
     models = detectors(args)
-    for name in (REDNET, RESNET):
-        fit_statistics(models[name], args.device)
+    for name in (REDNET, RESNET):  # one detects with a backbone that has been pre-trained
+        backbone: Any = models[name].backbone
+        fit_statistics(backbone, torch.randn(2, 3, 128, 128, device=args.device))
     source = "noise" if args.coco is None else "photos of COCO"
     settings = f"{len(samples)} {source}, 800 to 1333 pixels, fp32" if not args.quick else "tiny"
     calls = {name: inference(model, samples, args.device) for name, model in models.items()}

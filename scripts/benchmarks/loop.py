@@ -62,13 +62,18 @@ class OneBatch:
 class AlternatingLoader(OneBatch):
     """The trainer's loader protocol, around a step of the peer; `block` steps of either side make one sample."""
 
-    def __init__(self, batches: Iterator[Any], peer: Callable[[], object], steps: int, block: int, device: str) -> None:
+    def __init__(
+        self, batches: Iterator[Any], peer: Callable[[], object], steps: int, batch_size: int, block: int, device: str
+    ) -> None:
         super().__init__(next(batches))
         self.batches, self.peer, self.block, self.device = batches, peer, block, device
-        self.steps_per_epoch = steps
-        self.samples: timing.Samples = {"trainer": [], "peer": []}
+        self.steps_per_epoch, self.batch_size = steps, batch_size
+        self.times: timing.Samples = {"trainer": [], "peer": []}
         self.handed_out = 0
         self._begin = 0.0
+
+    def samples(self, step: int) -> int:
+        return self.batch_size
 
     def micro_batches(self, step: int) -> int:
         return 1
@@ -84,13 +89,13 @@ class AlternatingLoader(OneBatch):
             timing.synchronize(self.device)
             now = timing.clock()
             if self.handed_out:
-                self.samples["trainer"].append((now - self._begin) / self.block)
+                self.times["trainer"].append((now - self._begin) / self.block)
             for _ in range(self.block):
                 self.peer()
             timing.synchronize(self.device)
             self._begin = timing.clock()
             if self.handed_out:
-                self.samples["peer"].append((self._begin - now) / self.block)
+                self.times["peer"].append((self._begin - now) / self.block)
         self.handed_out += 1
         return next(self.batches)
 
@@ -149,19 +154,18 @@ def fit(
 ) -> timing.Samples:  # fmt: skip
     """Seconds a step of the trainer and of its peer; it evaluates once, on `val` or a batch."""
     block, steps = _block_and_steps(args)
-    loader = AlternatingLoader(batches, peer, steps, block, args.device)
+    loader = AlternatingLoader(batches, peer, steps, batch_size, block, args.device)
     world = World(0, 1, torch.device(args.device))
     with tempfile.TemporaryDirectory() as folder:
         run_folder = RunFolder(Path(folder) / "run", world)
         run_folder.open()
         trainer = Trainer(
             model, task or Classification(CrossEntropy(SMOOTHING)), make_optimizer(model), cosine(LR, steps), loader,
-            OneBatch(val or loader.batch),
-            train_size=steps * batch_size, val_size=val.valid if val else batch_size, options=options(batch_size),
+            OneBatch(val or loader.batch), val_size=val.valid if val else batch_size, options=options(batch_size),
             world=world, run=run_folder, extra_state={"config": {}, "class_names": []},
         )  # fmt: skip
         trainer.fit()
-    return {case: times[WARM_UP:] for case, times in loader.samples.items()}
+    return {case: times[WARM_UP:] for case, times in loader.times.items()}
 
 
 def _block_and_steps(args: argparse.Namespace) -> tuple[int, int]:

@@ -19,17 +19,23 @@ def images(batch: int, side: int, device: str, dtype: torch.dtype) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def trained(name: str, side: int, device: str) -> nn.Module:
-    """A model whose BatchNorm has seen data; without that a fresh RedNet overflows in evaluation."""
-    torch.manual_seed(0)
-    model = create_model(name).to(device).to(memory_format=torch.channels_last)
+def fit_statistics(model: nn.Module, x: Tensor) -> None:
+    """Show images to every BatchNorm; with statistics that are not its own a fresh RedNet overflows in evaluation."""
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
+        norm.train()  # also in a backbone that keeps its statistics
         norm.momentum = None  # the plain average
     with torch.no_grad():
-        model(images(4, side, device, torch.float32))
+        model(x)
     for norm in norms:
         norm.momentum = 0.1
+
+
+def trained(name: str, side: int, device: str) -> nn.Module:
+    """A model whose BatchNorm has seen data."""
+    torch.manual_seed(0)
+    model = create_model(name).to(device).to(memory_format=torch.channels_last)
+    fit_statistics(model, images(4, side, device, torch.float32))
     return model.eval()
 
 

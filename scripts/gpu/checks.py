@@ -75,7 +75,7 @@ class Training:
         self.batch = batch
 
     def step(self, number: int = 0) -> None:
-        images = normalise(self.pictures, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), torch.float32)
+        images = normalise(self.pictures, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         batch = Batch(images, self.targets, self.batch)
         loss, bad = self.learner.step(number, [batch], 1, self.batch)
         self.meter.add(loss, self.batch, bad)

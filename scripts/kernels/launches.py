@@ -7,20 +7,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from model_table import ABLATIONS
 from torch import Tensor, nn
 
 from involution import Involution2d, create_model
 from involution.ops import triton_norm_plans as norm_plans
 from involution.ops import triton_plans as plans
 from involution.ops.triton_plans import Launch
-
-#: Table 6: the variants of RedNet-50 that its ablations train, with their convolution stem
-ABLATION: dict[str, dict[str, Any]] = {
-    **{f"kernel_size={k}": {"kernel_size": k} for k in (3, 5, 9)},
-    **{f"group_channels={g}": {"group_channels": g} for g in (1, 4, None)},
-    **{f"reduction_ratio={r}": {"reduction_ratio": r} for r in (1, 16)},
-    "kernel_generation=linear": {"kernel_generation": "linear"},
-}
 
 
 class Layer(NamedTuple):
@@ -55,8 +48,10 @@ def networks(names: list[str]) -> Iterator[tuple[str, nn.Module]]:
     for name in names:
         with torch.device("meta"):
             if name == "ablation":
-                for variant, options in ABLATION.items():
-                    yield variant, create_model("rednet50", stem="convolution", **options)
+                for options in ABLATIONS.values():
+                    if options and "stem" not in options:  # RedNet-50's own layers are no variant
+                        variant = ", ".join(f"{key}={value}" for key, value in options.items())
+                        yield variant, create_model("rednet50", stem="convolution", **options)
             elif name == "dense":
                 for model in ("semantic_fpn", "upernet"):  # the first has the detectors' neck
                     yield model, create_model(model, backbone={"name": "rednet50"}, neck="involution", num_classes=19)

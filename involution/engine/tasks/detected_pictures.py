@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("involution")
 PICTURES = 4  # on boards
+SURE = 0.3  # least score of what is drawn there
 SHEET = 50  # pictures on a contact sheet
 LONG_SIDE = 480  # pixels of a picture that is shown
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6", "#bcf60c", "#008080", "#9a6324")
@@ -71,8 +72,8 @@ def find(model: nn.Module, picture: Tensor, index: int, least: float) -> Found:
 class DetectedGallery:
     """A few validation pictures, evenly spread over the data set: what the model finds (above) and what is there."""
 
-    def __init__(self, images: CocoImages, least: float = 0.3) -> None:
-        self.images, self.least = images, least
+    def __init__(self, images: CocoImages) -> None:
+        self.images = images
         self.pictures: dict[int, Tensor] = {}
         for index in np.unique(np.linspace(0, len(images) - 1, PICTURES).astype(int)).tolist():
             try:
@@ -88,7 +89,7 @@ class DetectedGallery:
             return {}
         names = self.images.class_names
         with evaluating(model):
-            found = [find(model, picture, index, self.least) for index, picture in self.pictures.items()]
+            found = [find(model, picture, index, SURE) for index, picture in self.pictures.items()]
         rows = [draw_objects(picture, one, names) for picture, one in zip(self.pictures.values(), found)]
         masks = any(one.masks is not None for one in found)
         for index, picture in self.pictures.items():

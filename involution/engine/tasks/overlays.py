@@ -61,7 +61,7 @@ class Overlays:
         rows = []
         with evaluating(model):
             for picture, truth in self.samples:
-                pixels = normalise(torch.tensor(picture[None]).to(device), self.mean, self.std, torch.float32)
+                pixels = normalise(torch.tensor(picture[None]).to(device), self.mean, self.std)
                 found = classify(model, pixels, truth.shape, self.window).cpu().numpy()
                 shown = (overlay(picture, classes, self.colours) for classes in (truth, found))
                 rows.append(np.concatenate([picture, *shown], 1))

@@ -88,7 +88,7 @@ class SegmentedPictures:
         return [self._predict(path, np.array(picture)) for path, picture in pictures]
 
     def _predict(self, path: Path, picture: np.ndarray) -> Segmented:
-        pixels = normalise(torch.from_numpy(picture)[None].to(self.device), self.mean, self.std, torch.float32)
+        pixels = normalise(torch.from_numpy(picture)[None].to(self.device), self.mean, self.std)
         classes = classify(self.model, pixels, picture.shape[:2], self.window)
         if self.files is not None:
             self.files.write(self.names[os.path.abspath(path)], classes)

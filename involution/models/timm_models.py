@@ -1,10 +1,10 @@
-"""RedNets under timm's names and conventions, ``timm.create_model("rednet50", features_only=True)``, and what every
-network of ours needs to be one of timm's (``timm_attention.py`` has the self-attention family).
+"""Our networks under timm's names and conventions: ``timm.create_model("rednet50", features_only=True)``.
 
-Imported by ``involution`` as soon as timm is; the weights' names are those of ``involution.create_model``.
+Imported by ``involution`` as soon as timm is; the weights' names are those of ``involution.create_model``. timm has
+ResNets of its own, so ours are not among them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -17,12 +17,20 @@ from timm.models._manipulate import checkpoint_seq
 from torch import Tensor, nn
 
 from involution.layers import Involution2d
+from involution.models import aa, axial, lrnet, rednet, san, standalone
+from involution.models.aa import AAResNet, AugmentedConvolution
+from involution.models.axial import AxialAttention, AxialResNet
+from involution.models.lrnet import LocalRelation, LRNet
 from involution.models.rednet import RedNet
+from involution.models.san import SAN, SelfAttention
 from involution.models.staged import StagedNetwork
+from involution.models.standalone import AttentionStem, LocalAttention, StandAloneResNet
 from involution.weights import open_weights, to_ours
 from involution.weights.published import PUBLISHED
 
-register_notrace_module(Involution2d)  # timm's torch.fx graphs keep the layer whole: it runs as one operator then
+ATTENTIONS = (AugmentedConvolution, AxialAttention, LocalRelation, SelfAttention, AttentionStem, LocalAttention)
+for layer in (Involution2d, *ATTENTIONS):
+    register_notrace_module(layer)  # timm's torch.fx graphs keep the layer whole: it runs as one operator then
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -112,9 +120,33 @@ class TimmNetwork(StagedNetwork):
 
 
 class TimmRedNet(TimmNetwork, RedNet):
-    """RedNet; ``options`` are its."""
+    """RedNet."""
 
 
+class TimmSAN(TimmNetwork, SAN):
+    """SAN."""
+
+
+class TimmStandAloneResNet(TimmNetwork, StandAloneResNet):
+    """Stand-Alone ResNet."""
+
+
+class TimmLRNet(TimmNetwork, LRNet):
+    """LR-Net."""
+
+
+class TimmAAResNet(TimmNetwork, AAResNet):
+    """AA-ResNet."""
+
+
+class TimmAxialResNet(TimmNetwork, AxialResNet):
+    """Axial ResNet."""
+
+
+CLASSES: dict[Any, type[TimmNetwork]] = {
+    c.__bases__[1]: c for c in (TimmRedNet, TimmSAN, TimmStandAloneResNet, TimmLRNet, TimmAAResNet, TimmAxialResNet)
+}
+MAKERS = rednet.MODELS | san.MODELS | standalone.MODELS | lrnet.MODELS | aa.MODELS | axial.MODELS
 CFG = {
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -127,18 +159,26 @@ CFG = {
 }
 
 
-def _cfg(name: str) -> dict[str, Any]:
-    return CFG | {
-        "url": PUBLISHED[name].url,
-        "first_conv": "stem.conv1",
-        "license": PUBLISHED[name].licence.lower(),
-        "paper_ids": "arXiv:2103.06255",
-        "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
-        "origin_url": "https://github.com/d-li14/involution",
-    }
+def _cfg(name: str, maker: partial[Any]) -> dict[str, Any]:
+    """Of the layers that see the images, timm adapts the weights to other numbers of channels."""
+    first: str | tuple[str, ...] = "stem.conv1"
+    if maker.func is StandAloneResNet:
+        first = ("stem.query", "stem.key", "stem.value")
+    elif "axial" in maker.args:
+        first = ("stem.0.conv_down", "stem.0.downsample.0")
+    cfg = CFG | {"first_conv": first}
+    if name in PUBLISHED:
+        cfg |= {
+            "url": PUBLISHED[name].url,
+            "license": PUBLISHED[name].licence.lower(),
+            "paper_ids": "arXiv:2103.06255",
+            "paper_name": "Involution: Inverting the Inherence of Convolution for Visual Recognition",
+            "origin_url": "https://github.com/d-li14/involution",
+        }
+    return cfg
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(name) for name in (f"rednet{n}" for n in (26, 38, 50, 101, 152))})
+default_cfgs = generate_default_cfgs({name: _cfg(name, maker) for name, maker in MAKERS.items()})
 
 
 def build_of(network: Callable[..., nn.Module], name: str, pretrained: bool, **options: Any) -> nn.Module:
@@ -161,35 +201,15 @@ def build_of(network: Callable[..., nn.Module], name: str, pretrained: bool, **o
     return model
 
 
-def _create(name: str, depths: Sequence[int], pretrained: bool, **options: Any) -> nn.Module:
-    return build_of(partial(TimmRedNet, depths), name, pretrained, **options)
+def _register(name: str, maker: partial[Any]) -> None:
+    def build(pretrained: bool = False, **options: Any) -> nn.Module:
+        """See ``build_of``."""
+        network = partial(CLASSES[maker.func], *maker.args, **maker.keywords)
+        return build_of(network, name, pretrained, **options)
+
+    build.__name__ = name
+    register_model(build)
 
 
-@register_model
-def rednet26(pretrained: bool = False, **options: Any) -> nn.Module:
-    """RedNet-26."""
-    return _create("rednet26", (1, 2, 4, 1), pretrained, **options)
-
-
-@register_model
-def rednet38(pretrained: bool = False, **options: Any) -> nn.Module:
-    """RedNet-38."""
-    return _create("rednet38", (2, 3, 5, 2), pretrained, **options)
-
-
-@register_model
-def rednet50(pretrained: bool = False, **options: Any) -> nn.Module:
-    """RedNet-50."""
-    return _create("rednet50", (3, 4, 6, 3), pretrained, **options)
-
-
-@register_model
-def rednet101(pretrained: bool = False, **options: Any) -> nn.Module:
-    """RedNet-101."""
-    return _create("rednet101", (3, 4, 23, 3), pretrained, **options)
-
-
-@register_model
-def rednet152(pretrained: bool = False, **options: Any) -> nn.Module:
-    """RedNet-152."""
-    return _create("rednet152", (3, 8, 36, 3), pretrained, **options)
+for _name, _maker in MAKERS.items():
+    _register(_name, _maker)
