@@ -9,7 +9,8 @@ memory of what a program may have,
 programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
 time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
 status 1 if one does not compile, needs more shared memory than there is, or spills (fp32: over 512 bytes). At the end,
-for a RedNet in bf16 on sm_80 or sm_90, the training step that follows beside the ResNet's (scripts/kernels/prediction.py).
+for a RedNet in bf16 on sm_80 or sm_90, the training step that follows beside the ResNet's
+(scripts/kernels/prediction.py).
 """
 
 import argparse

@@ -1,16 +1,23 @@
 """Which device a rank takes, and what it says when that is not the GPU that the machine has."""
 
 import logging
+import os
 import platform
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from image_folders import write
 from programs import python
 
-from involution.engine import build, device
+import data
+from data.folder import list_folder
+from data.policies import TrivialAugment
+from data.torch_loader import TorchBackend
+from involution.engine import build, device, distributed
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 
@@ -104,3 +111,60 @@ def test_what_a_gpu_cannot_repeat_is_refused_with_its_key(model: dict[str, Any],
         else:
             with pytest.raises(UserError, match=f"deterministic=true: on a GPU .*{message}"):
                 build._check_deterministic(config, world)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("gpu[003-007,012],other", "gpu003"), ("a1", "a1"), ("node-3,node-4", "node-3"), ("x[1,3]y,z", "x1y")],
+)
+def test_the_first_of_slurms_hosts_without_scontrol(nodes, first):
+    assert distributed._first_host(nodes) == first
+
+
+def test_hosts_that_are_written_otherwise_are_to_be_told():
+    with pytest.raises(UserError, match=r"set MASTER_ADDR to the first of these hosts"):
+        distributed._first_host("rack[0-3]node[1-2]")
+
+
+def test_gloo_listens_where_other_nodes_can_reach_it(monkeypatch):
+    """Where the host's name is the loopback's, as on many images; a name that is not is left alone."""
+    assert distributed._interface("127.0.0.1") == "lo"
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))
+    except OSError:
+        pytest.skip("this machine has no route to anywhere")
+    addresses = {"here": "127.0.1.1", "well-kept": "10.1.2.3"}
+    for host, nodes, expected in (("here", 2, "eth7"), ("here", 1, None), ("well-kept", 2, None)):
+        monkeypatch.setenv("WORLD_SIZE", str(8 * nodes))
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+        monkeypatch.setenv("MASTER_ADDR", host)
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        monkeypatch.setattr(socket, "gethostbyname", addresses.__getitem__)
+        monkeypatch.setattr(distributed, "_interface", lambda address: "eth7")
+        distributed._choose_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
+
+
+@pytest.mark.parametrize(
+    ("driver", "capability", "built", "reason"),
+    [
+        (13, (9, 0), 13, None),
+        (12, (8, 0), 12, None),
+        (12, (8, 0), 13, "made for CUDA 13, the driver for 12: pip install nvidia-dali-cuda120"),
+        (13, (7, 0), 13, "needs a GPU of compute capability 7.5"),
+    ],
+)
+def test_dali_is_taken_only_where_its_cuda_runs(driver, capability, built, reason):
+    dali = pytest.importorskip("data.dali", reason="NVIDIA DALI is not installed")
+    found = dali.unfit(driver, capability, built)
+    assert found is None if reason is None else reason in found
+
+
+def test_policies_on_a_gpu_are_the_work_of_processes(tmp_path):
+    images = list_folder(write(tmp_path) / "train")
+    options = {"batch_size": 2, "global_batch_size": 2, "seed": 0, "workers": 1, "device": "cuda"}
+    loader = data.train_loader(images, policies=[TrivialAugment()], **options)
+    assert isinstance(loader.backend, TorchBackend)
