@@ -53,10 +53,8 @@ def common_arguments(
     }  # fmt: skip
     if reduced is not None:
         arguments |= {"R": reduced.shape[1], "RP": max(16, tiles.power(reduced.shape[1]))}
-        # the span is a convolution, so that its products are as exact as cuDNN's are set to be; without tensor cores
-        # ("ieee") the weight's gradient would keep 6 KB a thread in memory
-        exact = "tf32x3" if input.dtype == torch.float32 else "ieee"
-        arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and _convolutions_use_tf32() else exact
+        # the span is a convolution, so that its products are as exact as cuDNN's are set to be
+        arguments["PRECISION"] = "tf32" if input.dtype == torch.float32 and _convolutions_use_tf32() else "ieee"
     return arguments
 
 
@@ -64,6 +62,10 @@ def _convolutions_use_tf32() -> bool:
     """cuDNN's setting. The older name of it raises where a program has used the newer one."""
     conv = getattr(torch.backends.cudnn, "conv", None)
     return torch.backends.cudnn.allow_tf32 if conv is None else conv.fp32_precision == "tf32"
+
+
+def _exact(input: Tensor, arguments: dict[str, Any]) -> bool:
+    return input.dtype == torch.float32 and arguments["PRECISION"] == "ieee"
 
 
 def _runs(arguments: dict[str, Any], images: int, rows: str = "HO", width: str = "WO") -> int:
@@ -94,7 +96,7 @@ def plan_forward(
     arguments |= {"x": input, "x_strides": input.stride(), "STEP": input.stride(3)}
     arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(input, kernel, reduced, out)}
     arguments["total"] = _runs(common, input.shape[0])
-    return _tiled(triton_kernels.forward_kernel, arguments, tiles.forward_tile(arguments))
+    return _tiled(triton_kernels.forward_kernel, arguments, tiles.forward_tile(arguments, _exact(input, arguments)))
 
 
 def plan_grad_input(
@@ -108,7 +110,9 @@ def plan_grad_input(
     arguments |= {"out": out, "out_strides": out.stride(), "WIDE": _is_wide(grad, kernel, reduced, out)}
     every = common["S"] if common["D"] == 1 else 1
     arguments["total"] = grad.shape[0] * ceil(common["H"], every) * ceil(common["W"], arguments["RUN"])
-    launch = _tiled(triton_kernels.grad_input_kernel, arguments, tiles.grad_input_tile(arguments))
+    launch = _tiled(
+        triton_kernels.grad_input_kernel, arguments, tiles.grad_input_tile(arguments, _exact(grad, arguments))
+    )
     return launch._replace(programs=every * launch.programs)
 
 
@@ -148,6 +152,8 @@ def plan_grad_weight(
     biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
     arguments |= {"reduced": reduced, "reduced_strides": reduced.stride(), "RSTEP": reduced.stride(3), "UB": rows}
     arguments |= {"parts": parts, "weight_parts": weights, "bias_parts": biases}
+    if _exact(input, arguments):
+        arguments["PRECISION"] = "tf32x3"  # as exact; without tensor cores a thread would keep 6 KB in memory
     launch = _tiled(triton_gradients.grad_weight_kernel, arguments, tile)
     return launch._replace(programs=programs * parts), weights, biases
 

@@ -32,11 +32,12 @@ def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int) -> bool:
     return 2 * a["G"] > tile.GB and channels <= 8 and tile.J * a.get("RP", 16) <= hidden * tile.warps
 
 
-def forward_tile(a: dict[str, Any]) -> Tile:
-    return next((t for t in TILES if registers_suffice(t, a, 512)), TILES[-1])
+def forward_tile(a: dict[str, Any], exact: bool = False) -> Tile:
+    """`exact`: products of float32 without tensor cores, which hold their operands in registers."""
+    return next((t for t in TILES if registers_suffice(t, a, 128 if exact else 512)), TILES[-1])
 
 
-def grad_input_tile(a: dict[str, Any]) -> Tile:
+def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     """Two tiles of taps are alive where a run touches more than 8 output columns: fewer channels beside a wide one.
 
     Nor is there room for the weights of many groups: four times 256 reduced channels would spill 136 bytes.
@@ -45,7 +46,7 @@ def grad_input_tile(a: dict[str, Any]) -> Tile:
     def fits(tile: Tile) -> bool:
         channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
         beside = tile.J * a["RP"] / tile.warps + 16 * channels
-        return registers_suffice(tile, a, 256) and beside <= 320 and tile.GB * a["RP"] <= 512
+        return registers_suffice(tile, a, 128 if exact else 256) and beside <= 320 and tile.GB * a["RP"] <= 512
 
     return next((t for t in TILES if fits(t)), TILES[-1])
 
