@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `data`, which is no installed package
-from involution.engine.predict import open_picture
+from involution.engine.pictures import open_picture
 from involution.loading import Classifier, input_channels, load
 from involution.visualize import FIGURE3, find_layer, kernel_heat_maps, scaled, visible
 

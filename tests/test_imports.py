@@ -7,14 +7,14 @@ from programs import ROOT
 
 # each may import itself and what stands before it
 ORDER = [
-    "involution.checks", "involution.cache", "involution.ops", "involution.unwatched", "involution.attention",
-    "involution.kernel_generation", "involution.layers", "involution.sequence", "involution.calls",
-    "involution.complexity", "involution.folding", "involution.weights", "involution.conversion", "involution.models",
-    "involution.visualize", "involution.dense", "involution.loading", "involution.export", "involution", "data",
-    "involution.engine",
-    "hydra_plugins", "scripts", "hubconf", "train", "eval",
+    "involution.checks", "involution.pictures", "involution.cache", "involution.ops", "involution.unwatched",
+    "involution.attention", "involution.kernel_generation", "involution.layers", "involution.sequence",
+    "involution.calls", "involution.complexity", "involution.folding", "involution.weights", "involution.conversion",
+    "involution.models", "involution.visualize", "involution.dense", "involution.loading", "involution.export",
+    "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
+LEAVES = ("involution.cache", "involution.checks", "involution.pictures")  # what `data` may take of involution
 CONFIGURATION = ("hydra", "omegaconf", "torch.distributed", "involution.engine")
 LOOP = [f"involution.engine.{name}" for name in ("trainer", "learner", "evaluate", "meter", "guard")]
 
@@ -52,7 +52,7 @@ def test_imports_point_one_way():
         upwards = [each for each in used if (other := package(each)) and ORDER.index(other) > ORDER.index(here)]
         wrong += [(module, each) for each in upwards if (here, package(each)) not in UPWARDS]
         if here == "data":
-            wrong += [(module, each) for each in used if package(each) not in (None, "data", "involution.cache")]
+            wrong += [(module, each) for each in used if package(each) not in (None, "data", *LEAVES)]
         if ORDER.index(here) < ORDER.index("involution.engine"):
             wrong += [(module, each) for each in used if within(each, CONFIGURATION)]
     assert not wrong, "imports point downwards; a new module of involution has a place in ORDER"

@@ -53,7 +53,7 @@ def test_predictions_have_each_image_once(predictions):
 def test_predictions_need_a_place(jobs):
     refused = in_process("eval.py", f"checkpoint='{jobs[0]}'", "predictions=nowhere/a.csv")
     assert refused.status == 2
-    assert "a folder that exists" in refused.stderr
+    assert "there is no folder nowhere" in refused.stderr
 
 
 def test_the_report_averages_seeds_and_marks_unfinished_runs(study, jobs, tmp_path):

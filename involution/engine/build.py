@@ -17,7 +17,7 @@ from involution.checks import SizeError, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig, differences
-from involution.engine.distributed import World, gather_objects
+from involution.engine.distributed import World, gather_objects, synchronised
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.ghost import use_ghost_batches
@@ -141,11 +141,6 @@ def _cost(model: torch.nn.Module, shape: tuple[int, int, int]) -> str:
         raise
     except Exception as error:  # whatever a model of timm's does with shapes alone
         return f"its FLOPs cannot be counted: {first_line(error)}"
-
-
-def synchronised(wanted: Any, world: World) -> bool:
-    """What `train.sync_batchnorm` means: "auto" is on where there are several GPUs."""
-    return world.size > 1 and world.device.type == "cuda" if wanted == "auto" else bool(wanted)
 
 
 def check_model(options: dict[str, Any]) -> str:

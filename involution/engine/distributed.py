@@ -175,6 +175,11 @@ def _first_host(nodes: str) -> str:
     return found[1] + (found[2] or "") + found[3]
 
 
+def synchronised(wanted: Any, world: World) -> bool:
+    """What `train.sync_batchnorm` means: "auto" is on where there are several GPUs."""
+    return world.size > 1 and world.device.type == "cuda" if wanted == "auto" else bool(wanted)
+
+
 def leave_world() -> None:
     """Take leave of the other ranks."""
     if _peers is not None:

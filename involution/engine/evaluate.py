@@ -18,6 +18,7 @@ from involution.engine.errors import UserError
 from involution.engine.tasks import Batch, Evaluation
 
 log = logging.getLogger("involution")
+EVAL_BATCH = 64  # samples at once, unless told or the task's own
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

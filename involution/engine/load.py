@@ -1,6 +1,5 @@
 """The model in a file, and the images to evaluate it on."""
 
-import csv
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -10,17 +9,18 @@ from typing import Any, NamedTuple
 import torch
 
 from data import ImageList
+from involution.engine import class_map
 from involution.engine.build import to_device
 from involution.engine.cli import user_input
 from involution.engine.config import EvalConfig, check_channels, given
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
-from involution.engine.evaluate import evaluate
-from involution.engine.tasks import Evaluation, Setup, check_data
+from involution.engine.evaluate import EVAL_BATCH, evaluate
+from involution.engine.outputs import output_file, write_table
+from involution.engine.tasks import Evaluation, Setup, check_data, classification
 from involution.loading import IMAGENET, Opened, input_channels, open_checkpoint, scaled
 from involution.models import from_timm
 
-EVAL_BATCH = 64
 NULLABLE = ("exclude", "window")  # of data: null on the command line means none, elsewhere as it was trained
 
 
@@ -88,29 +88,12 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
 
 def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
     """A table with a line a checkpoint."""
-    with open(name, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        table = csv.DictWriter(file, list(dict.fromkeys(key for each in results for key in each if key != "classes")))
-        table.writeheader()
-        table.writerows({key: value for key, value in each.items() if key != "classes"} for each in results)
-
-
-def output_file(key: str, name: str, ending: str) -> Path:
-    """The path of a file to be written; refused before anything is computed.
-
-    Raises:
-        UserError: it ends otherwise, or its folder does not exist.
-    """
-    path = Path(name)
-    if path.suffix != ending or not path.absolute().parent.is_dir():
-        raise UserError(f"{key} is {name}; it should be a {ending} file in a folder that exists")
-    return path
+    columns = list(dict.fromkeys(key for each in results for key in each if key != "classes"))
+    write_table(Path(name), columns, ([each.get(key, "") for key in columns] for each in results))
 
 
 def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, Evaluation]:
     """The data set and its score, where its classes are not the model's."""
-    from involution.engine import class_map  # these import this file
-    from involution.engine.tasks import classification
-
     if setup is not classification:
         raise UserError("class_map is for classifiers")
     if config.predictions is not None:

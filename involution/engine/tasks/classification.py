@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from involution.engine.augmentation import AugmentationConfig
 from involution.engine.config import DataConfig, EvalConfig, TrainConfig
 from involution.engine.distributed import World, gather_objects, sum_over_ranks
 from involution.engine.errors import UserError
-from involution.engine.load import output_file
+from involution.engine.outputs import output_file, write_table
 from involution.engine.tasks.classified_pictures import ClassifiedPictures
 from involution.engine.tasks.heat_maps import HeatMaps
 from involution.engine.tasks.losses import BinaryCrossEntropy, CrossEntropy
@@ -114,10 +113,7 @@ class RecordedAccuracy(Accuracy):
         parts: list[Any] = gather_objects((indices, predicted))
         if world.is_main:
             rows = sorted(zip(*(np.concatenate(columns).tolist() for columns in zip(*parts))))
-            with open(self.path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                table = csv.writer(file)
-                table.writerow(COLUMNS)
-                table.writerows(_line(images, index, guess) for index, guess in rows)
+            write_table(self.path, COLUMNS, (_line(images, index, guess) for index, guess in rows))
         return super().finish(world)
 
 

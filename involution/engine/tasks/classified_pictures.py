@@ -10,7 +10,7 @@ import torch
 from involution.checks import printable
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
-from involution.engine.predict import open_picture
+from involution.engine.pictures import open_picture
 from involution.loading import Opened, as_classifier, input_channels
 from involution.visualize import find_layer, heat_map_picture, kernel_heat_maps
 

@@ -15,8 +15,9 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make
 
 from data.coco import CocoImages, bitmaps
 from data.decode import BadImageError, decode
+from involution.checks import printable
 from involution.engine.config import EvalConfig
-from involution.engine.predict import for_pictures, open_picture
+from involution.engine.pictures import for_pictures, open_picture
 from involution.engine.tasks.average_precision import Found, as_found
 from involution.loading import Opened
 from involution.visualize import evaluating
@@ -142,7 +143,7 @@ class DetectedPictures:
 
     def text(self, path: Path, prediction: Seen) -> str:
         lines = [f"  {100 * score:5.1f} %  {name}  at {box}" for name, score, box in self._objects(prediction)]
-        return "\n".join([str(path), *(lines or [f"  nothing with a score of {self.least} or more"])])
+        return "\n".join([printable(path), *(lines or [f"  nothing with a score of {self.least} or more"])])
 
     def as_dict(self, path: Path, prediction: Seen) -> dict[str, Any]:
         objects: list[dict[str, Any]] = [

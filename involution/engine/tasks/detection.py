@@ -17,7 +17,7 @@ from data.coco import CocoImages, CocoSplits
 from involution.engine.config import EvalConfig, TrainConfig
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
-from involution.engine.load import output_file
+from involution.engine.outputs import output_file
 from involution.engine.tasks.average_precision import MASK_NAMES, NAMES, Found, as_found, score
 from involution.engine.tasks.detected_pictures import DetectedGallery, DetectedPictures
 from involution.loading import Opened

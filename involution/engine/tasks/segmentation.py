@@ -15,7 +15,7 @@ from data.mask_list import IGNORED, MaskList
 from data.sampling import Plan
 from involution import dense
 from involution.engine.config import EvalConfig, TrainConfig
-from involution.engine.distributed import World
+from involution.engine.distributed import World, synchronised
 from involution.engine.errors import UserError
 from involution.engine.tasks.mean_iou import MeanIou
 from involution.engine.tasks.overlays import Overlays
@@ -102,8 +102,6 @@ class Segmentation:
 
 
 def check(config: TrainConfig, world: World) -> None:
-    from involution.engine.build import synchronised  # which imports this folder
-
     _model_class(config)
     o = config.train
     if o.loss != "cross_entropy":

@@ -14,9 +14,10 @@ from torch import Tensor
 from data.cityscapes import CITYSCAPES
 from data.mask_list import IGNORED
 from data.transforms import normalise
+from involution.checks import printable
 from involution.engine.config import EvalConfig
 from involution.engine.errors import UserError
-from involution.engine.predict import find_images, for_pictures, open_picture
+from involution.engine.pictures import find_images, for_pictures, open_picture
 from involution.engine.tasks.mean_iou import classify
 from involution.engine.tasks.overlays import colours_of, overlay, write_sheet
 from involution.loading import IMAGENET, Opened
@@ -99,7 +100,9 @@ class SegmentedPictures:
         return Segmented(shares, classes.cpu().numpy() if self.left >= 0 else None)
 
     def text(self, path: Path, prediction: Segmented) -> str:
-        return "\n".join([str(path), *(f"  {100 * share:5.1f} %  {name}" for name, share in prediction.shares.items())])
+        return "\n".join(
+            [printable(path), *(f"  {100 * share:5.1f} %  {name}" for name, share in prediction.shares.items())]
+        )
 
     def as_dict(self, path: Path, prediction: Segmented) -> dict[str, Any]:
         return {"image": str(path), "classes": {name: round(100 * p, 4) for name, p in prediction.shares.items()}}
