@@ -87,32 +87,51 @@ def test_parity_of_shifted_slices(case: tuple[int, ...]) -> None:
         _parity(shifted, case, dtype, dtype != torch.float64)
 
 
+def _fused_parity(case: tuple[int, ...], hidden: int, dtype: torch.dtype) -> None:
+    batch, channels, height, width, groups, size, stride, dilation, padding = case
+    out = [output_size(n, size, stride, padding, dilation) for n in (height, width)]
+    x, reduced = (
+        _pixels_last(_random(batch, c, *hw, dtype=dtype)) for c, hw in ((channels, (height, width)), (hidden, out))
+    )
+    weight, bias = (
+        _random(groups * size * size, hidden, 1, 1, dtype=dtype),
+        _random(groups * size * size, dtype=dtype),
+    )
+    grad = _random(batch, channels, *out, dtype=dtype)
+    for operands in ((x, reduced, weight, bias), (x, reduced, weight, None)):
+        options = (size, stride, padding, dilation)
+        wide = [None if t is None else t.double() for t in operands]
+        expected = composed.span_forward(reference, *wide, *options)
+        _close(cpu.span_forward(*operands, *options), expected, dtype)
+        found = cpu.span_backward(grad, *operands, *options)
+        gradients = composed.span_backward(reference, grad.double(), *wide, *options)
+        for ours, theirs, like in zip(found, gradients, operands, strict=True):
+            assert (ours is None) == (like is None)
+            if like is not None:
+                _close(ours, theirs, dtype)
+
+
 @pytest.mark.parametrize("hidden", [1, 16, 20])
 @pytest.mark.parametrize("case", CASES[:9], ids=str)
 def test_fused_parity(cpp: ModuleType, case: tuple[int, ...], hidden: int) -> None:
     torch.manual_seed(0)
-    batch, channels, height, width, groups, size, stride, dilation, padding = case
-    out = [output_size(n, size, stride, padding, dilation) for n in (height, width)]
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        x, reduced = (
-            _pixels_last(_random(batch, c, *hw, dtype=dtype)) for c, hw in ((channels, (height, width)), (hidden, out))
-        )
-        weight, bias = (
-            _random(groups * size * size, hidden, 1, 1, dtype=dtype),
-            _random(groups * size * size, dtype=dtype),
-        )
-        grad = _random(batch, channels, *out, dtype=dtype)
-        for operands in ((x, reduced, weight, bias), (x, reduced, weight, None)):
-            options = (size, stride, padding, dilation)
-            wide = [None if t is None else t.double() for t in operands]
-            expected = composed.span_forward(reference, *wide, *options)
-            _close(cpp.span_forward(*operands, *options), expected, dtype)
-            found = cpp.span_backward(grad, *operands, *options)
-            gradients = composed.span_backward(reference, grad.double(), *wide, *options)
-            for ours, theirs, like in zip(found, gradients, operands, strict=True):
-                assert (ours is None) == (like is None)
-                if like is not None:
-                    _close(ours, theirs, dtype)
+        _fused_parity(case, hidden, dtype)
+
+
+@pytest.mark.slow
+def test_bfloat16_where_the_processor_does_not_multiply_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX512 without BF16, as most servers have it."""
+    if build.instruction_set() != "AVX512":
+        pytest.skip("this processor has no AVX512")
+    monkeypatch.setitem(build._INSTRUCTION_FLAGS, "AVX512-alone", build._INSTRUCTION_FLAGS["AVX512"])
+    monkeypatch.setattr(build, "instruction_set", lambda: "AVX512-alone")
+    assert not build.multiplies_half(build.instruction_set())
+    torch.manual_seed(0)
+    for case in CASES:
+        _parity(cpu, case, torch.bfloat16, True)
+    for case in CASES[:9]:
+        _fused_parity(case, 16, torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import timing
-from benchmarks.networks import fit_statistics
+from benchmarks.networks import fit_statistics, rounds
 from benchmarks.report import Report, Row
 from involution import create_model
 
@@ -139,8 +139,11 @@ def run(args: argparse.Namespace, report: Report) -> None:
     calls = {
         name: training_step(model, samples, args.device, int(name == TORCHVISION)) for name, model in models.items()
     }
-    found = timing.interleave(calls, max(1, args.repeats - 2), args.device)
-    note = "Forward, backward, clipping, SGD; stem and first stage frozen. torchvision's label 0 is the background."
+    found = timing.interleave(calls, rounds(args), args.device)
+    note = (
+        f"{rounds(args)} rounds of forward, backward, clipping, SGD; stem and first stage frozen. torchvision's label 0 is "
+        "the background."
+    )
     report.table(f"Training step, {settings}", [row(found)], note)
     note = "Boxes drawn at random, in memory; the whole time between the last image and the scores, on all threads."
     report.table("COCO's scores", [scoring(50 if args.quick else 5000)], note)

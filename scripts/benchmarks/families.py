@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from benchmarks import timing
-from benchmarks.networks import DTYPES, Call, images, trained, training_step
+from benchmarks.networks import DTYPES, Call, images, rounds, trained, training_step
 from benchmarks.op import forced
 from benchmarks.report import Report, Row
 from involution import fold
@@ -49,7 +49,7 @@ def training(args: argparse.Namespace, report: Report) -> None:
     unfold = f"{ours}, unfold"
     cases = {name: forced(fast, training_step(name, args.train_batch, args)) for name in (*bases, *others)}
     cases[unfold] = forced("reference", training_step(ours, args.train_batch, args))
-    samples = timing.interleave(cases, max(1, args.repeats - 2), args.device)
+    samples = timing.interleave(cases, rounds(args), args.device)
     rows: list[Row] = [
         {"model": name, "step (ms)": timing.ms(samples, name)}
         | {f"{base}'s / this": timing.ratio(samples, base, name) for base in bases}

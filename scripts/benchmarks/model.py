@@ -17,7 +17,7 @@ from benchmarks import families, runtimes, timing
 from benchmarks.breakdown import breakdown
 from benchmarks.fresh import PeakMemory, fresh
 from benchmarks.machine import fill_heap
-from benchmarks.networks import DTYPES, images, trained, training_step
+from benchmarks.networks import DTYPES, images, rounds, trained, training_step
 from benchmarks.report import Report, Row
 from benchmarks.table2 import NOTE, table2
 from involution import fold
@@ -67,12 +67,19 @@ def inference(depth: int, batch: int, args: argparse.Namespace, variants: dict[s
 def training(depth: int, args: argparse.Namespace) -> Row:
     """One row: a whole training step (forward, backward, SGD with momentum)."""
     cases: dict[str, Call] = {}
+    if depth == 50:
+        cases["torchvision's ResNet"] = training_step("resnet50", args.train_batch, args, theirs=True)
     for kind in kinds(depth):
         for variant in ["eager", "compiled"] if args.compile_training else ["eager"]:
             cases[f"{kind} {variant}"] = training_step(
                 f"{kind}{depth}".lower(), args.train_batch, args, variant == "compiled"
             )
-    return row(depth, args.train_batch, timing.interleave(cases, max(1, args.repeats - 2), args.device))
+    samples = timing.interleave(cases, rounds(args), args.device)
+    result = row(depth, args.train_batch, samples)
+    if depth == 50:
+        best = result["best"].split(", ")[1]
+        result["torchvision's ResNet / best RedNet"] = timing.ratio(samples, "torchvision's ResNet", best)
+    return result
 
 
 def kinds(depth: int) -> list[str]:
@@ -132,7 +139,10 @@ def run(args: argparse.Namespace, report: Report) -> None:
             report.table(title, breakdown(calls, args.device), "Generated element-wise code is under other.")
     if "training" in parts:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
-        note = "Forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one operator."
+        note = (
+            f"{rounds(args)} rounds of forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one "
+            "operator; torchvision's does not."
+        )
         report.table(f"Training step, {settings}", rows, note)
         if args.attention is not None:
             families.training(args, report)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from involution import create_model
@@ -39,9 +40,22 @@ def trained(name: str, side: int, device: str) -> nn.Module:
     return model.eval()
 
 
-def training_step(name: str, batch: int, args: argparse.Namespace, compiled: bool = False) -> Call:
+def rounds(args: argparse.Namespace) -> int:
+    """How often training steps are measured: they take longest."""
+    return max(1, args.repeats - 2)
+
+
+def training_step(
+    name: str, batch: int, args: argparse.Namespace, compiled: bool = False, theirs: bool = False
+) -> Call:
+    """`theirs`: torchvision's network of this name."""
     torch.manual_seed(0)
-    model = create_model(name).to(args.device).to(memory_format=torch.channels_last).train()
+    model = (
+        (torchvision.models.get_model(name) if theirs else create_model(name))
+        .to(args.device)
+        .to(memory_format=torch.channels_last)
+        .train()
+    )
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
     x = images(batch, args.side, args.device, torch.float32)
     y = torch.randint(1000, (batch,), device=args.device)

@@ -12,7 +12,7 @@ NOTE = (
     "In the paper's order; its GPU is a TITAN Xp, its CPU a Xeon E5-2660 v4. Milliseconds of different machines do not "
     "compare, the last two columns do: how many times as fast as ResNet-50. Rows without figures of ours were not "
     "measured in this run (SAN19, here pairwise, and Axial ResNet-S: --attention; those two are folded, the others "
-    "compiled). The last column divides medians."
+    "compiled). The last column divides medians, of other depths of rounds that were not interleaved with each other."
 )
 
 
