@@ -141,8 +141,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     }
     found = timing.interleave(calls, rounds(args), args.device)
     note = (
-        f"{rounds(args)} rounds of forward, backward, clipping, SGD; stem and first stage frozen. torchvision's label 0 is "
-        "the background."
+        f"{rounds(args)} rounds of forward, backward, clipping, SGD; stem and first stage frozen. torchvision's "
+        "label 0 is the background."
     )
     report.table(f"Training step, {settings}", [row(found)], note)
     note = "Boxes drawn at random, in memory; the whole time between the last image and the scores, on all threads."

@@ -140,8 +140,8 @@ def run(args: argparse.Namespace, report: Report) -> None:
     if "training" in parts:
         rows = [training(depth, args) for depth in args.depth if depth != 101]
         note = (
-            f"{rounds(args)} rounds of forward, backward, SGD with momentum. Eager, both sides run BatchNorm and ReLU as one "
-            "operator; torchvision's does not."
+            f"{rounds(args)} rounds of forward, backward, SGD with momentum. Eager, both sides run BatchNorm "
+            "and ReLU as one operator; torchvision's does not."
         )
         report.table(f"Training step, {settings}", rows, note)
         if args.attention is not None:
