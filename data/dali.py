@@ -46,7 +46,11 @@ def unfit_for(device: torch.device) -> str | None:
     return unfit(version.value // 1000, torch.cuda.get_device_capability(device))
 
 
-def unfit(driver: int, capability: tuple[int, int], built: int = nvidia.dali.__cuda_version__ // 1000) -> str | None:
+#: the CUDA that DALI is made for; it writes 13.4.92 as 13492, and 13.1.115 as 131115
+BUILT = int(str(nvidia.dali.__cuda_version__)[:2])
+
+
+def unfit(driver: int, capability: tuple[int, int], built: int = BUILT) -> str | None:
     """The same for a driver for CUDA `driver`, a GPU of this compute capability, and a DALI made for CUDA `built`."""
     if driver < built:
         return f"this DALI is made for CUDA {built}, the driver for {driver}: pip install nvidia-dali-cuda{driver}0"

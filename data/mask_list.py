@@ -21,7 +21,6 @@ from data.image_list import NO_FILE, Names, read_file
 
 IGNORED = 255  # the class of pixels that count neither for nor against a model
 FOREIGN = 254  # in `MaskList.classes`: no value of a mask
-LOOKED_AT = 32  # masks of training, for values that make no sense
 LABEL_MODES = ("L", "1", "I", "I;16")  # Pillow's, of one number a pixel
 
 
@@ -119,7 +118,7 @@ def _problem(image: Path, mask: Path, on_error: str) -> str | None:
             if labels.mode not in LABEL_MODES:
                 kind = "a palette" if labels.mode == "P" else f"colours ({labels.mode})"
                 return f"mask {str(mask)!r} has {kind}; it should have one channel, whose values are the labels"
-            fits = labels.size in (picture.size, upright_size(picture))
+            fits = labels.size == picture.size or labels.size == upright_size(picture)  # which may unpack it
             return None if fits else f"mask {str(mask)!r} {_other_size(labels.size, picture.size)}"
     except Exception as error:  # Pillow's plugins raise almost every type
         if on_error == "skip":
@@ -209,12 +208,14 @@ def _check_not_black_and_white(masks: MaskList) -> None:
     """Refuse masks of 0 and 255 alone: everything but the first class would not count, and every model be perfect.
 
     Raises:
-        ValueError: the first masks have no other value.
+        ValueError: no mask has another value.
     """
     values: set[int] = set()
-    for path in masks.masks[:LOOKED_AT]:
+    for path in masks.masks:  # the first few tell, unless it is so
         with suppress(Exception), Image.open(path) as mask:  # the loader will say so, or skip it
             values |= set(np.unique(np.asarray(mask)).tolist())
+        if values - {0, IGNORED}:
+            return
     if len(masks.class_names) > 1 and values == {0, IGNORED}:
         raise ValueError(
             f"the masks of {str(Path(masks.masks[0]).parent)!r} hold 0 and 255 alone, and 255 is for pixels that "

@@ -79,9 +79,10 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
 
 def _told(class_names: Sequence[str], preparation: Mapping[str, Any]) -> dict[str, str]:
     """Names of classes, a line each, and preparation, numbers with blanks between, as files' metadata have them."""
-    told = {key: preparation[key] for key in IMAGENET}
+    told = {key: preparation[key] for key in IMAGENET if key in preparation}
     notes = {key: " ".join(map(str, [*v] if isinstance(v, Iterable) else [v])) for key, v in told.items()}
-    return notes | {"class_names": "\n".join(" ".join(name.split()) for name in class_names)}
+    names = (" ".join(name.split()).encode("utf-8", "backslashreplace").decode() for name in class_names)
+    return notes | {"class_names": "\n".join(names)}
 
 
 def export_torch(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from involution.loading import IMAGENET
 from involution.models import DENSE, create_model, tensors_for, without_weights
 from involution.weights import dense, load_into, open_weights, to_released
 
@@ -43,7 +44,8 @@ def convert(source: Path, target: Path, to: str = "ours") -> str:
     if target.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        notes = {"arguments": {"name": name} | options, "class_names": weights.class_names, "preparation": weights.data}
+        preparation = {key: weights.data[key] for key in IMAGENET if key in weights.data}
+        notes = {"arguments": {"name": name} | options, "class_names": weights.class_names, "preparation": preparation}
         told = {key: json.dumps(value) for key, value in notes.items() if value and to == "ours"}
         save_file(converted, target, metadata={"format": "pt"} | told)
     else:

@@ -19,6 +19,7 @@ import torch
 
 from involution import export
 from involution.loading import open_checkpoint
+from involution.models import DENSE
 
 WRITERS: dict[str, Callable[..., None]] = {
     "onnx": export.export_onnx,
@@ -45,8 +46,8 @@ def main() -> int:
             preparation = export.IMAGENET | data
             export.save_safetensors(model, arguments.out, class_names or (), preparation=preparation, arguments=made_by)
         else:
-            about = class_names or (), export.IMAGENET | data
-            WRITERS[arguments.format](model, arguments.out, arguments.size, *about)
+            preparation = data if made_by["name"] in DENSE else export.IMAGENET | data  # segmentors take any size
+            WRITERS[arguments.format](model, arguments.out, arguments.size, class_names or (), preparation)
     except (ValueError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -8,6 +8,7 @@ its own. With --mean they are averaged over seeds: a line a setting, in a band f
 """
 
 import argparse
+import os
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -55,6 +56,14 @@ def draw(groups: dict[str, list[Run]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def named(runs: list[Run]) -> dict[str, list[Run]]:
+    """Each run by its folder's name, or where names repeat by its path below the common folder."""
+    paths = [run.path.resolve() for run in runs]
+    common = os.path.commonpath(paths)
+    repeated = len({path.name for path in paths}) < len(paths)
+    return {os.path.relpath(p, common) if repeated else p.name: [run] for p, run in zip(paths, runs, strict=True)}
+
+
 def main() -> None:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -64,7 +73,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         runs = find_runs(arguments.runs)
-        draw(settings(runs) if arguments.mean else {run.path.resolve().name: [run] for run in runs}, arguments.out)
+        draw(settings(runs) if arguments.mean else named(runs), arguments.out)
     except ValueError as error:
         print(f"plot_curves.py: {error}", file=sys.stderr)
         sys.exit(2)

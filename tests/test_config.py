@@ -203,6 +203,8 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         ),
         (["recipe=coco", "data.train_size=640"], "a detector's sizes are model.min_size and model.max_size"),
         (["recipe=coco", "model.backbone.stem_kernel_size=3"], "wants a plus: +model.backbone.stem_kernel_size=VALUE"),
+        (["recipe=coco", "model.backbone.freez=1"], "no key model.backbone.freez; did you mean model.backbone.freeze?"),
+        (["recipe=demo", "data.mean=[0,0,0", "data.std=[1,1,1]"], "the [ is not closed: 'data.mean=[0,0,0]'"),
         (["recipe=demo", "optimizer.lr=1=2"], "optimizer.lr=1=2: a value with = needs quotes of its own"),
         (["recipe=demo", "optimizer.lr=é"], "a value with é needs quotes of its own, inside the shell's, for letters"),
         (["recipe=demo", "data.root=/my", "photos"], "put both in quotes: 'data.root=/my photos'"),

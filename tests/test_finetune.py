@@ -95,7 +95,7 @@ def test_the_next_folder_is_another_run(tuned, images, weights, tmp_path):
     next((tmp_path / "fewer" / "train").rglob("*.jpg")).unlink()
     folders["the list of classes was "] = shutil.copytree(images, tmp_path / "others")
     for split in ("train", "val"):
-        next((tmp_path / "others" / split).iterdir()).rename(tmp_path / "others" / split / "zebra")
+        min((tmp_path / "others" / split).iterdir()).rename(tmp_path / "others" / split / "zebra")
     for said, folder in folders.items():
         program, *arguments = command(tuned, folder, *TUNE, f"checkpoint={weights}")[1:]
         finished = in_process(program, *arguments)

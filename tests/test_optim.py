@@ -13,6 +13,7 @@ from torch import nn
 from data import Batch
 from involution import create_model
 from involution.engine.distributed import World
+from involution.engine.errors import UserError
 from involution.engine.learner import Learner
 from involution.engine.optim import Update, build_schedule, exponential_average, parameter_groups, timm_optimizer
 from involution.engine.options import TrainOptions
@@ -215,3 +216,65 @@ def test_momenta_lie_in_memory_as_their_weights_do_now(optimizer):
 
     last, first = torch.channels_last, torch.contiguous_format
     torch.testing.assert_close(run([last, first, last]), run([first, first, first]), rtol=1e-5, atol=1e-6)
+
+
+def learner_with(momentum: float = 0.9, lr: float = 0.1, **changed) -> Learner:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    values = {"precision": "fp32", "compile": False, "clip_grad_norm": None, "ema_decay": None, "max_bad_steps": 9}
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
+    world = World(0, 1, torch.device("cpu"))
+    return Learner(model, Classification(), optimizer, lambda _: lr, TrainOptions(**values | changed), world)
+
+
+def steps_of(one: Learner, numbers: range, scale: float = 1.0) -> list[float]:
+    """The losses of steps, each on images of its own."""
+    losses = []
+    for step in numbers:
+        torch.manual_seed(100 + step)
+        batch = Batch(scale * torch.randn(4, 3, 8, 8), torch.tensor([0, 1, 1, 0]), 4)
+        losses.append(one.step(step, [batch], 1, 4)[0][0].item())
+    return losses
+
+
+def test_precision_is_the_autocast_of_a_step():
+    exact, half = (steps_of(learner_with(precision=precision), range(2)) for precision in ("fp32", "bf16"))
+    assert exact != half
+    assert exact == pytest.approx(half, rel=2e-2)
+
+
+def test_a_clipped_step_is_no_longer_than_the_limit():
+    free, clipped = learner_with(momentum=0, lr=1), learner_with(momentum=0, lr=1, clip_grad_norm=0.01)
+    before = [p.detach().clone() for p in free.parameters]
+    for one in (free, clipped):
+        steps_of(one, range(1), scale=10)
+    free, clipped = (
+        torch.cat([(p - q).flatten() for p, q in zip(one.parameters, before)]).norm().item() for one in (free, clipped)
+    )
+    assert free > 0.1
+    assert clipped == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_resumed_step_in_fp16_has_the_loss_scale_that_was_saved():
+    untouched = learner_with(precision="fp16")
+    untouched.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+    steps_of(untouched, range(2))
+    resumed = learner_with(precision="fp16")
+    resumed.load_state_dict(copy.deepcopy(untouched.state_dict()))
+    assert resumed.scaler.get_scale() == 2.0**10
+    for one in (untouched, resumed):
+        steps_of(one, range(2, 4))
+    assert untouched.scaler.get_scale() == 2.0**11, "it has grown, by the count that was saved too"
+    assert digest(resumed.state_dict()) == digest(untouched.state_dict())
+
+
+def test_the_configuration_has_precedence_over_the_saved_optimizer_and_an_average_has_to_be_there():
+    saved = learner_with(momentum=0.9)
+    steps_of(saved, range(2))
+    resumed = learner_with(momentum=0.5)
+    resumed.load_state_dict(copy.deepcopy(saved.state_dict()))
+    assert resumed.optimizer.param_groups[0]["momentum"] == 0.5
+    kept = [saved.optimizer.state[p]["momentum_buffer"] for p in saved.parameters]
+    assert all(torch.equal(resumed.optimizer.state[p]["momentum_buffer"], k) for p, k in zip(resumed.parameters, kept))
+    with pytest.raises(UserError, match=r"train\.ema_decay is set, but the checkpoint to resume has no average"):
+        learner_with(ema_decay=0.99).load_state_dict(saved.state_dict())

@@ -91,6 +91,9 @@ def test_a_folder_of_images_and_masks(tmp_path):
     save(tmp_path / "train" / "masks" / "b" / "x.png", 255 * np.eye(*SIZE))
     with pytest.raises(ValueError, match=r"hold 0 and 255 alone.*write 1 for 'sea'"):
         open_folder(tmp_path, ["sky", "sea"])
+    save(tmp_path / "train" / "images" / "b" / "y.jpg", np.zeros((*SIZE, 3)))
+    save(tmp_path / "train" / "masks" / "b" / "y.png", np.eye(*SIZE))  # the others may have nothing but ignored pixels
+    assert len(open_folder(tmp_path, ["sky", "sea"])[0]) == 2
     shutil.rmtree(tmp_path / "train")
     assert open_split(tmp_path, ["sky", "sea"], "val").fingerprint == val.fingerprint  # all that eval.py needs
 

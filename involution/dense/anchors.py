@@ -69,6 +69,6 @@ class LowQualityMatcher(Matcher):
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, overlaps: Tensor) -> None:
         best = overlaps.amax(1, keepdim=True)
         wanted = (overlaps == best) & (best >= self.lowest) & (best > 0)
-        number = torch.arange(len(overlaps), device=overlaps.device)[:, None]
-        box = torch.where(wanted, number, -1).amax(0)
+        number = torch.arange(len(overlaps), device=overlaps.device, dtype=torch.int32)[:, None]
+        box = torch.where(wanted, number, -1).amax(0).to(matches.dtype)
         torch.where(box >= 0, box, matches, out=matches)

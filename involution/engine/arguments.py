@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override, Quote, QuotedString
@@ -113,7 +113,8 @@ def explain(argument: str, arguments: Sequence[str]) -> str:
         return f"{argument}: there is nothing after the last comma"
     for opening, closing in ("[]", "{}"):
         if value.startswith(opening) and not value.endswith(closing):
-            rest = arguments[arguments.index(argument) + 1 :] if argument in arguments else ()
+            behind = arguments[arguments.index(argument) + 1 :] if argument in arguments else ()
+            rest = list(takewhile(lambda piece: "=" not in piece, behind))
             ends = [i for i, piece in enumerate(rest, 1) if piece.endswith(closing)]
             if ends:
                 whole = " ".join([argument, *rest[: ends[0]]])

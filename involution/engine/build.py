@@ -224,8 +224,9 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dic
     others = state["data"] != data_set.fingerprint
     if others and now["data"]["name"].endswith("folder") and "data.root" in changed:  # somebody's next data set
         fatal["data.root"] = changed["data.root"]
-    if (classes := state["class_names"]) != list(data_set.class_names):
-        fatal["the list of classes"] = _listed(classes), _listed(data_set.class_names)
+    if (before := state["class_names"]) != (names := list(data_set.class_names)):
+        first = next((i for i, (a, b) in enumerate(zip(before, names)) if a != b), min(len(before), len(names)))
+        fatal["the list of classes"] = _listed(before, first), _listed(names, first)
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
         with torch.device("meta"):
@@ -233,6 +234,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dic
         raise UserError(
             f"the checkpoint to resume belongs to another run: {listed}{f' ({keys})' if keys else ''}. "
             "Give this one another name=, or start over in the same folder with train.resume=never"
+            f"{'; to start from its weights: checkpoint=PATH' if now['train']['resume'] != 'auto' else ''}"
         )
     for key, (a, b) in changed.items():
         log.warning("continuing with %s=%s, which was %s", key, b, a)
@@ -241,8 +243,10 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dic
     return changed
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+def _listed(names: Sequence[str], first: int) -> str:
+    """A few names from the first on that differs, and how many there are."""
+    shown = ["...", *names[first : first + 5]] if first else names[:5]
+    return f"{', '.join(shown)}{', ...' if len(names) > first + 5 else ''} ({len(names)})"
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -30,6 +30,7 @@ from involution.engine import arguments, help, signals
 from involution.engine.config import hint, nearest
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+from involution.models import model_options
 
 log = logging.getLogger("involution")
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -234,9 +235,10 @@ def _explain(error: Exception, config_dir: str, config_name: str) -> str:
     if key := re.search(r"Could not override '([^']+)'", text):
         if key[1] == "data.train_size":
             return f"there is no key {key[1]}: a detector's sizes are model.min_size and model.max_size"
-        if key[1].startswith("model.backbone."):
-            return f"there is no key {key[1]}; an option that the backbone itself has wants a plus: +{key[1]}=VALUE"
-        return f"there is no key {key[1]}{hint(_nearest_key(key[1], config_dir, config_name))}"
+        near = hint(_nearest_key(key[1], config_dir, config_name))
+        if key[1].startswith("model.backbone.") and key[1].rpartition(".")[2] in model_options("rednet50"):
+            near = f"; an option that the backbone itself has wants a plus: +{key[1]}=VALUE"
+        return f"there is no key {key[1]}{near}"
     if option := re.search(
         r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)(?:\s+Config search path|$)",
         text,

@@ -66,20 +66,23 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
 def _choose_interface() -> None:
     """Let gloo listen where other nodes reach this one.
 
-    It takes the address of the host's name, and on many images that is the loopback's. Then it is the interface that a
-    packet to rank 0, or on its own node to anywhere, would leave by.
+    It takes the address of the host's name, and the loopback's where that has none, as on many images. Then it is the
+    interface that a packet to rank 0, or on its own node to anywhere, would leave by.
     """
     env = os.environ
-    one_node = env.get("LOCAL_WORLD_SIZE") == env["WORLD_SIZE"] or env.get("SLURM_STEP_NUM_NODES") == "1"
-    if one_node or "GLOO_SOCKET_IFNAME" in env or env["MASTER_ADDR"] in ("localhost", "127.0.0.1"):
+    here = env.get("LOCAL_WORLD_SIZE")  # of torchrun; SLURM's variables may be those of a step around it
+    one_node = env.get("SLURM_STEP_NUM_NODES") == "1" if here is None else here == env["WORLD_SIZE"]
+    if one_node or "GLOO_SOCKET_IFNAME" in env or env.get("MASTER_ADDR") in (None, "localhost", "127.0.0.1"):
         return
     try:
-        named = socket.gethostbyname(socket.gethostname())
         master = socket.gethostbyname(env["MASTER_ADDR"])
     except OSError:
         return  # the rendezvous says more
-    if not named.startswith("127."):
-        return
+    with suppress(OSError), socket.socket() as probe:
+        named = socket.gethostbyname(socket.gethostname())
+        probe.bind((named, 0))  # not an address of another machine
+        if not named.startswith("127."):
+            return
     for target in (master, "192.0.2.1"):  # the second is nobody's (RFC 5737), and connecting UDP sends nothing
         with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((target, 9))

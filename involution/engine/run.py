@@ -24,7 +24,10 @@ from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
 
 log = logging.getLogger("involution")
-PACKAGES = ("torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130", "triton", "tensorboard")
+PACKAGES = (
+    "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "triton",
+    "tensorboard",
+)  # fmt: skip
 
 
 class RunFolder:

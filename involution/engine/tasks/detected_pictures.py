@@ -47,7 +47,8 @@ def draw_objects(picture: Tensor, found: Found, class_names: Sequence[str], scor
         masks = torch.from_numpy(bitmaps(found.masks, height, width)).float()[:, None]
         masks = torch.nn.functional.interpolate(masks, size, mode="area")[:, 0] > 0.5
         shown = draw_segmentation_masks(shown, masks, alpha=0.5, colors=colours)
-    names = [class_names[label] for label in found.labels.tolist()]
+    known = dict(enumerate(class_names))  # model.num_classes may be more
+    names = [known.get(label, str(label)) for label in found.labels.tolist()]
     if scores:
         names = [f"{name} {score:.2f}" for name, score in zip(names, found.scores.tolist())]
     boxes = torch.from_numpy(found.boxes) * factor
@@ -78,7 +79,8 @@ class DetectedGallery:
         self.pictures: dict[int, Tensor] = {}
         for index in np.unique(np.linspace(0, len(images) - 1, PICTURES).astype(int)).tolist():
             try:
-                picture = decode(images.read(index), images.paths[index])
+                height, width = images.sizes[index].tolist()
+                picture = decode(images.read(index), images.paths[index], annotated=(width, height))
             except BadImageError:
                 continue  # the loader says so
             self.pictures[index] = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
