@@ -9,6 +9,7 @@ changed.
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ import pytest
 from image_folders import write_squares
 from programs import ROOT
 from reliability import write_images, write_masks
+from test_config import config
+
+from involution.engine.build import check_model
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 QUICK = "train.max_steps=2"
@@ -109,3 +113,27 @@ def test_blocks_run(page, folder, done):
     if page.name == "use.md":
         for made in ("sheet.png", "predictions.csv", "runs/photos/summary.json"):
             assert (folder / made).stat().st_size > 0, made
+
+
+def programs_of(block: Block) -> list[list[str]]:
+    """The words behind train.py or eval.py of each such line, with the first value of what is swept."""
+    found = []
+    for line in block.code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for program in ("train.py", "eval.py"):
+            if program in words:
+                behind = words[words.index(program) + 1 :]
+                swept = "-m" in behind
+                options = [word for word in behind if "=" in word and not word.startswith("hydra")]
+                firsts = (word if re.search(r"[\[{]", word) else word.split(",")[0] for word in options)
+                found.append([program.removesuffix(".py"), *(firsts if swept else options)])
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_that_cannot_be_run_here_compose(page):
+    for block in blocks_of(page):
+        for program, *words in programs_of(block) if block.marker and block.marker.startswith("needs") else ():
+            configured = config(*words, program=program)
+            if program == "train":
+                check_model(configured.model)
