@@ -36,7 +36,7 @@ bits() { # a run of rednet26 to the last bit: bits STEP NAME max_steps
     train.epochs=1 train.checkpoint_every_steps=10 data.decoder=cpu "name=$2" "train.max_steps=$3"
 }
 
-step tests 480 python -m pytest -q -m gpu tests                             # results, bits, graphs, synchronisations
+step tests 480 python -m pytest -q -m gpu tests/test_triton_gpu.py          # results, bits, graphs, synchronisations
 check synchronisations 120 --batch 128
 check step 240                                                              # RedNet-50 and ResNet-50, batch 32, 128, 256
 step step-ghost 120 python scripts/gpu/checks.py step --batch 256 --batchnorm-size 32 --out "$OUT/step-ghost.json"

@@ -87,19 +87,19 @@ def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_pat
 
 
 def test_the_next_folder_is_another_run(tuned, images, weights, tmp_path):
-    """Of one default name, so that it would have been the first folder's result."""
-    folders = {
-        "data.root was ": shutil.copytree(images, tmp_path / "fewer"),
-        "": shutil.copytree(images, tmp_path / "moved"),
-    }
-    next((tmp_path / "fewer" / "train").rglob("*.jpg")).unlink()
-    folders["the list of classes was "] = shutil.copytree(images, tmp_path / "others")
+    """Of one default name, so that it would have been the first folder's result. The same pictures elsewhere are not."""
+    fewer, others, moved = (shutil.copytree(images, tmp_path / name) for name in ("fewer", "others", "moved"))
+    next((fewer / "train").rglob("*.jpg")).unlink()
     for split in ("train", "val"):
-        min((tmp_path / "others" / split).iterdir()).rename(tmp_path / "others" / split / "zebra")
-    for said, folder in folders.items():
+        min((others / split).iterdir()).rename(others / split / "zebra")
+    for folder, status, said in (
+        (fewer, 2, f"data.root was {images}, is {fewer}"),
+        (others, 2, "the list of classes was a, b, c (3), is b, c, zebra (3)"),
+        (moved, 0, f"continuing with data.root={moved}, which was {images}"),
+    ):
         program, *arguments = command(tuned, folder, *TUNE, f"checkpoint={weights}")[1:]
         finished = in_process(program, *arguments)
-        assert finished.status == (2 if said else 0), finished.stderr
+        assert finished.status == status, finished.stderr
         assert said in finished.stderr
 
 

@@ -1,5 +1,6 @@
 """What scripts/gpu_session.sh runs, as far as a CPU allows, and the page that is made of it."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT
+from test_config import config
 
 from involution.weights import run_file
 from scripts.gpu import checks, page
@@ -76,6 +79,50 @@ def test_the_session_says_that_there_is_no_gpu(session: Path) -> None:
     assert run.returncode == 2
     assert "GPU" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def started(session: Path, out: Path, bin: Path, failing: str) -> list[list[str]]:
+    """The words of every python that the session starts, where each but `failing` succeeds."""
+    bin.mkdir(exist_ok=True)
+    record = bin / "record"
+    record.write_bytes(b"")
+    lines = [
+        "#!/bin/sh",
+        f"printf '%s\\037' \"$@\" >> '{record}'; echo >> '{record}'",
+        f'case "$*" in *"{failing}"*) exit 3; esac',
+    ]
+    (bin / "python").write_text("\n".join(lines) + "\n")
+    (bin / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}"}
+    words = ["bash", "scripts/gpu_session.sh", "--study", str(session / "photos"), str(out)]
+    assert subprocess.run(words, env=environment, capture_output=True).returncode == 0
+    return [line.split("\037")[:-1] for line in record.read_text().splitlines()]
+
+
+def test_every_command_of_the_session_parses_and_what_failed_runs_again(
+    session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    benchmark = importlib.import_module("benchmark")
+    commands = started(session, tmp_path / "out", tmp_path / "bin", failing="checks.py profile")
+    programs: dict[str, int] = {}
+    for program, *words in (words for words in commands if words[0] != "-c"):
+        programs[program] = programs.get(program, 0) + 1
+        if program == "train.py":
+            assert config(*words).train.precision == "bf16"
+        elif program == "scripts/benchmark.py":
+            monkeypatch.setattr(sys, "argv", [program, *words])
+            assert benchmark.parse().device == "cuda"
+        elif program == "scripts/gpu/checks.py":
+            assert checks.parse(words).check == words[0]
+    assert programs["train.py"] == 6
+    assert programs["scripts/benchmark.py"] == 7
+    assert not (tmp_path / "out" / "profile.done").exists()
+    again = started(session, tmp_path / "out", tmp_path / "bin", failing="nothing")
+    assert [words[:2] for words in again if words[0] not in ("-c", "scripts/gpu/page.py")] == [
+        ["scripts/gpu/checks.py", "machine"],
+        ["scripts/gpu/checks.py", "profile"],
+    ]
 
 
 def test_a_folder_without_photos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
