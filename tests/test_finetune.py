@@ -87,7 +87,7 @@ def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_pat
 
 
 def test_the_next_folder_is_another_run(tuned, images, weights, tmp_path):
-    """Of one default name, so that it would have been the first folder's result. The same pictures elsewhere are not."""
+    """Of one default name: it would have been the first folder's result. The same pictures elsewhere are not."""
     fewer, others, moved = (shutil.copytree(images, tmp_path / name) for name in ("fewer", "others", "moved"))
     next((fewer / "train").rglob("*.jpg")).unlink()
     for split in ("train", "val"):
