@@ -13,7 +13,7 @@ from typing import TypeGuard
 from torch import Tensor, nn
 
 from involution.attention import ActivatedGeneration, AttentionGeneration, PositionGeneration
-from involution.unwatched import as_it_seems, calls_are_free, unchanged
+from involution.unwatched import as_it_seems, calls_are_free, is_batch_norm, unchanged
 
 
 def stride_pool(stride: int) -> nn.Module:
@@ -78,7 +78,7 @@ class BottleneckGeneration(SpanGeneration):
             as_it_seems(self, BottleneckGeneration)
             and _pools(self.pool, stride)
             and _pointwise(self.reduce)
-            and as_it_seems(self.norm, nn.BatchNorm2d)
+            and is_batch_norm(self.norm)
             and as_it_seems(self.act, nn.ReLU)
             and _pointwise(self.span)
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from involution.layers import Involution2d
 from involution.ops import norm, recompute
-from involution.unwatched import as_it_seems, nobody_watches
+from involution.unwatched import as_it_seems, is_batch_norm, nobody_watches
 
 
 def sequence(x: Tensor, *modules: nn.Module) -> Tensor:
@@ -42,7 +42,7 @@ def _may_run_together() -> bool:
 
 
 def _norm_and_relu(batch_norm: nn.Module, act: nn.Module | None) -> TypeGuard[nn.BatchNorm2d]:
-    return act is not None and as_it_seems(batch_norm, nn.BatchNorm2d) and as_it_seems(act, nn.ReLU)
+    return act is not None and is_batch_norm(batch_norm) and as_it_seems(act, nn.ReLU)
 
 
 def _step(layer: nn.Module | None, x: Tensor) -> recompute.Step | None:

@@ -4,12 +4,15 @@ Hooks, pruning, adapters, parametrisations, observers, wrappers and subclasses w
 counters, compilers, exporters, function transforms watch the calls. Every road that does not call a module asks here.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from involution.ops import transforms
+from involution.ops.ghost import GhostBatchNorm2d
 
 _CALL = nn.Module.__call__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -19,6 +22,11 @@ _RUN_BY = ("forward", "__call__", "_call_impl", "_compiled_call_impl", "_conv_fo
 def as_it_seems(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling ``module`` runs the forward of ``kind``, on its own parameters and buffers, and nothing else."""
     return type(module) is kind and _as_written(kind) and unchanged(module)
+
+
+def is_batch_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether it is one that ``ops/norm.py`` knows, and as it seems."""
+    return as_it_seems(module, nn.BatchNorm2d) or as_it_seems(module, GhostBatchNorm2d)
 
 
 def unchanged(module: nn.Module) -> bool:

@@ -1,19 +1,23 @@
 """train.batchnorm_size: one large micro-batch takes the step of several small ones."""
 
+import contextlib
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from data import Batch
-from involution import Involution2d
+from involution import Involution2d, create_model
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.ghost import use_ghost_batches
 from involution.engine.learner import Learner
 from involution.engine.options import TrainOptions
 from involution.engine.tasks.classification import Classification
+from involution.ops import norm
 
 IMAGES, SIZE = 8, 2
 
@@ -48,6 +52,35 @@ def test_a_large_batch_in_parts_takes_the_step_of_small_ones() -> None:
     assert max((whole[k] - v).abs().max() for k, v in expected.items()) > 1e-2
     assert found["1.num_batches_tracked"] == IMAGES // SIZE
     assert torch.equal(model.eval()(images), network().eval()(images))
+
+
+@pytest.mark.parametrize("name", ["rednet26", "resnet26"])
+def test_layers_run_together_in_parts_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With BatchNorm and ReLU as one operator and an involution layer as another, as the modules one by one."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=3).to(memory_format=torch.channels_last).train()
+    use_ghost_batches(model, SIZE)
+    modules, images = copy.deepcopy(model), torch.randn(6, 3, 64, 64).to(memory_format=torch.channels_last)
+    parts, describe = [], norm.describe
+
+    def noted(*arguments: Any) -> norm.Norm:
+        problem = describe(*arguments)
+        parts.append(problem.parts)
+        return problem
+
+    monkeypatch.setattr(norm, "describe", noted)
+    found = []
+    for one in (model, modules):
+        with contextlib.ExitStack() as stack:
+            if one is modules:  # somebody watches
+                stack.callback(register_module_forward_hook(lambda *_: None).remove)
+            logits = one(images)
+            logits.square().mean().backward()
+        found.append([logits, *(p.grad for p in one.parameters()), *one.buffers()])
+    assert set(parts) == {3}
+    assert len(parts) > 20
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-4)
 
 
 def test_other_kinds_of_batchnorm_are_refused() -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from involution.ops import involution2d, norm, reference, span_involution2d
+from involution.ops.ghost import GhostBatchNorm2d
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
 
@@ -125,6 +126,32 @@ def test_batch_norm_and_relu(case: tuple) -> None:
     errors = [distance(r, e) for r, e in zip(results, [expected, *grads, *list(exact.buffers())[:2]], strict=True)]
     assert layer.num_batches_tracked == training
     assert max(errors) < (1e-4 if mean else TOLERANCE[dtype]), errors  # the input itself has 24 bits
+
+
+def test_batch_norm_of_parts_of_the_batch() -> None:
+    """As its modules run, one part after the other, running statistics included."""
+    torch.manual_seed(0)
+    layer, inputs = (
+        GhostBatchNorm2d(70),
+        [torch.randn(6, 70, 9, 9).to(memory_format=torch.channels_last) for _ in range(2)],
+    )
+    layer.size = 2
+    modules, grad = copy.deepcopy(layer), torch.randn(6, 70, 9, 9)
+    for skip in (False, True):
+        found = []
+        for one in (layer, modules):
+            x, y = (t.clone(memory_format=torch.preserve_format).requires_grad_() for t in inputs)
+            if one is layer:
+                assert norm.supports(x, one, y if skip else None)
+                out = norm.norm_relu(x, one, y if skip else None)
+            else:
+                out = (one(x) + (y if skip else 0)).relu()
+            wanted = [x, y, *one.parameters()] if skip else [x, *one.parameters()]
+            found.append([out, *torch.autograd.grad(out, wanted, grad), *one.buffers()])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert layer.num_batches_tracked == 6
+    assert not norm.supports(inputs[0][:5], layer), "parts that are not equal are the modules' own"
 
 
 def test_second_derivatives_of_batch_norm_and_relu() -> None:

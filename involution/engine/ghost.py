@@ -4,25 +4,11 @@ The paper's 32 images at a time leave a large GPU waiting for its host. More at 
 32, follow the course of gradient accumulation over micro-batches of 32.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from involution.engine.errors import UserError
-
-
-class GhostBatchNorm2d(nn.BatchNorm2d):
-    """In training each `size` images of the batch are normalised by themselves, and counted one after the other.
-
-    Its state is BatchNorm2d's; in evaluation it is BatchNorm2d.
-    """
-
-    size: int
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or len(x) <= self.size:
-            return super().forward(x)
-        return torch.cat([super(GhostBatchNorm2d, self).forward(part) for part in x.split(self.size)])
+from involution.ops.ghost import GhostBatchNorm2d
 
 
 def use_ghost_batches(model: nn.Module, size: int) -> None:

@@ -7,6 +7,7 @@ Shape legend: B batch, C channels, H W size.
 """
 
 import ctypes
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, cpu, differentiable
+from .ghost import parts_of
 
 #: values below which a GPU waits for the six launches instead of for memory (predicted: 30 us of host time each)
 LAUNCH_BOUND = 1 << 22
 
 
 class Norm(ctypes.Structure):
-    """One BatchNorm of one batch; csrc/norm.h has its mirror."""
+    """One BatchNorm of one batch, or of each of its `parts` (ghost.py); csrc/norm.h has the mirror of the fields."""
 
+    parts: int = 1
     _fields_ = [(name, ctypes.c_int64) for name in ("rows", "channels", "threads", "training")] + [
         (name, ctypes.c_double) for name in ("momentum", "eps")
     ]
@@ -63,6 +66,9 @@ def _plain(x: Tensor) -> bool:
 def fits(norm: nn.BatchNorm2d, x: Tensor, channels: int) -> bool:
     """Whether weights and statistics are there, for so many channels, in the type of ``x`` or of its sums."""
     tensors, types = (norm.weight, norm.bias, norm.running_mean, norm.running_var), (x.dtype, cpu.wide(x.dtype))
+    parts = parts_of(norm, len(x))
+    if parts is None or (parts > 1 and norm.momentum is None):  # a plain average's share changes from part to part
+        return False
     return all(t is not None and t.shape == (channels,) and t.dtype in types and t.device == x.device for t in tensors)
 
 
@@ -73,30 +79,39 @@ def norm_relu(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> Te
 
 def describe(norm: nn.BatchNorm2d, x: Tensor, rows: int | None = None) -> Norm:
     """The problem of one forward and its backward; counts the batch, as BatchNorm does. rows: pixels, if not x's."""
-    rows = x.numel() // x.shape[1] if rows is None else rows
+    parts = parts_of(norm, len(x)) or 1
+    rows = (x.numel() // x.shape[1] if rows is None else rows) // parts
     if norm.training and rows == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     momentum = norm.momentum
     if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+        norm.num_batches_tracked.add_(parts)
         if momentum is None:  # a plain average
             momentum = 1 / float(norm.num_batches_tracked)
-    return Norm(rows, norm.num_features, torch.get_num_threads(), int(norm.training), momentum or 0, norm.eps)
+    problem = Norm(rows, norm.num_features, torch.get_num_threads(), int(norm.training), momentum or 0, norm.eps)
+    problem.parts = parts
+    return problem
+
+
+def _each_part(parts: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Views of the tensors' parts along the batch, in its order."""
+    return zip(*([None] * parts if t is None else t.chunk(parts) for t in tensors), strict=True)
 
 
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm, skip: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(x) [+ skip]), and the coefficients (4, C) that the backward needs (a GPU's are 6); updates mean and var
-    in training."""
+    """relu(norm(x) [+ skip]), and the coefficients (parts, 4, C) that the backward needs (a GPU's are 6); updates mean
+    and var in training."""
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
         options = problem.momentum, problem.eps, bool(problem.training)
-        return backend.norm_forward(x, weight, bias, mean, var, *options, skip)
+        return backend.norm_forward(x, weight, bias, mean, var, *options, skip, problem.parts)
     sums = cpu.wide(x.dtype)
-    out, coefficients = torch.empty_like(x), x.new_empty(4, x.shape[1], dtype=sums)
+    out, coefficients = torch.empty_like(x), x.new_empty(problem.parts, 4, x.shape[1], dtype=sums)
     weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
-    cpu.call("norm_forward", x.dtype, problem, x, skip, weight, bias, new_mean, new_var, coefficients, out)
+    for of_x, of_skip, k, of_out in _each_part(problem.parts, x, skip, coefficients, out):
+        cpu.call("norm_forward", x.dtype, problem, of_x, of_skip, weight, bias, new_mean, new_var, k, of_out)
     for statistic, new in ((mean, new_mean), (var, new_var)):
         if new is not statistic and problem.training:
             statistic.copy_(new)
@@ -108,9 +123,10 @@ def remake(x: Tensor, coefficients: Tensor) -> Tensor:
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
         return backend.norm_remake(x, coefficients)
-    out = torch.empty_like(x)
-    rows = x.numel() // x.shape[1]
-    cpu.call("norm_apply", x.dtype, Norm(rows, x.shape[1], torch.get_num_threads()), x, coefficients, out)
+    out, parts = torch.empty_like(x), len(coefficients)
+    problem = Norm(x.numel() // x.shape[1] // parts, x.shape[1], torch.get_num_threads())
+    for of_x, k, of_out in _each_part(parts, x, coefficients, out):
+        cpu.call("norm_apply", x.dtype, problem, of_x, k, of_out)
     return out
 
 
@@ -128,21 +144,23 @@ def backward(
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
         return backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out)
-    grad_x, sums = torch.empty_like(x), coefficients.dtype
-    grad_weight, grad_bias = torch.empty_like(weight, dtype=sums), torch.empty_like(bias, dtype=sums)
+    grad_x, parts = torch.empty_like(x), problem.parts
     grad_skip = None if out is None else torch.empty_like(x)
-    tensors = grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias
-    cpu.call("norm_backward", x.dtype, problem, *tensors)
-    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad_skip
+    grad_weight, grad_bias = (coefficients.new_empty(parts, x.shape[1]) for _ in range(2))
+    for tensors in _each_part(parts, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias):
+        cpu.call("norm_backward", x.dtype, problem, *tensors)
+    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype), grad_skip
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:
     """norm(x) again, in operators of torch that can be differentiated any number of times."""
     training, eps = bool(problem.training), problem.eps
-    mean, inverse, *_ = coefficients
-    var = inverse**-2 - eps
-    weight, bias = weight.to(var.dtype), bias.to(var.dtype)
-    return F.batch_norm(x, None if training else mean, None if training else var, weight, bias, training, 0.0, eps)
+    weight, bias = weight.to(coefficients.dtype), bias.to(coefficients.dtype)
+    if training:
+        parts = x.chunk(problem.parts)
+        return torch.cat([F.batch_norm(part, None, None, weight, bias, True, 0.0, eps) for part in parts])
+    mean, inverse, *_ = coefficients[0]
+    return F.batch_norm(x, mean, inverse**-2 - eps, weight, bias, False, 0.0, eps)
 
 
 class _NormReLU(torch.autograd.Function):

@@ -142,11 +142,12 @@ def span_backward(
 
 def norm_forward(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, momentum: float, eps: float, training: bool,
-    skip: Tensor | None,
+    skip: Tensor | None, groups: int = 1,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """relu(norm(x) [+ skip]) and the coefficients (6, C) for the backward; updates mean and var in training."""
-    out, coefficients = torch.empty_like(x), torch.empty(6, x.shape[1], dtype=torch.float32, device=x.device)
-    sums = norm_plans.plan_statistics(x) if training else None
+    """relu(norm(x) [+ skip]) and the coefficients (groups, 6, C) for the backward; updates mean and var in training,
+    by one group of images after the other."""
+    out, coefficients = torch.empty_like(x), torch.empty(groups, 6, x.shape[1], dtype=torch.float32, device=x.device)
+    sums = norm_plans.plan_statistics(x, groups) if training else None
     if sums is not None:
         _run(sums, x.device)
     finish = norm_plans.plan_finish_statistics(x, sums, weight, bias, mean, var, coefficients, momentum, eps)

@@ -1,6 +1,6 @@
 """What BatchNorm and ReLU launch on a GPU (triton_norm.py), from shapes alone; tensors may lie on the meta device.
 
-Shape legend: B batch, C channels, H W size; rows B H W, P partial sums.
+Shape legend: B batch, C channels, H W size; rows B H W of a group of images, P its partial sums.
 """
 
 from typing import Any
@@ -16,35 +16,38 @@ ROWS, CHANNELS = 32, 64  # a program's tile: 16 values a thread, loaded 8 at a t
 PROGRAMS, PARTS = 1056, 1024  # eight programs a multiprocessor of the largest GPUs; not more partial sums than one adds
 
 
-def sizes(x: Tensor) -> dict[str, Any]:
+def sizes(x: Tensor, groups: int) -> dict[str, Any]:
     """Arguments that the kernels share."""
     channels = x.shape[1]
     block = min(CHANNELS, power(channels))
     return {
-        "rows": x.numel() // channels, "C": channels, "chunks": ceil(channels, block), "BC": block,
+        "rows": x.numel() // channels // groups, "C": channels, "chunks": ceil(channels, block), "BC": block,
         "BR": 2 * ROWS * CHANNELS // (block * x.element_size()),
     }  # fmt: skip
 
 
-def _sums(kernel: Any, x: Tensor, arguments: dict[str, Any]) -> Launch:
-    """The launch, and in its arguments the partial sums, `parts` (P, 2, C), of `per` rows each."""
-    a = sizes(x)
-    per = max(a["BR"], ceil(a["rows"], min(PARTS, ceil(PROGRAMS, a["chunks"]))))
-    parts = torch.empty(ceil(a["rows"], per), 2, a["C"], dtype=torch.float32, device=x.device)
-    return Launch(kernel, a | {"x": x, "per": per, "parts": parts} | arguments, a["chunks"] * len(parts), 4)
+def _sums(kernel: Any, x: Tensor, groups: int, arguments: dict[str, Any]) -> Launch:
+    """The launch, and in its arguments the partial sums, `parts` (groups, P, 2, C), of `per` rows each."""
+    a = sizes(x, groups)
+    per = max(a["BR"], ceil(a["rows"], min(PARTS, ceil(PROGRAMS, a["chunks"] * groups))))
+    count = ceil(a["rows"], per)
+    parts, each = torch.empty(groups, count, 2, a["C"], dtype=torch.float32, device=x.device), a["chunks"] * count
+    a |= {"x": x, "per": per, "P": count, "each": each, "parts": parts}
+    return Launch(kernel, a | arguments, each * groups, 4)
 
 
-def plan_statistics(x: Tensor) -> Launch:
-    return _sums(kernels.statistics_kernel, x, {})
+def plan_statistics(x: Tensor, groups: int = 1) -> Launch:
+    return _sums(kernels.statistics_kernel, x, groups, {})
 
 
 def _finish(kernel: Any, x: Tensor, sums: Launch | None, arguments: dict[str, Any]) -> Launch:
     """`kernel` for a few channels a program: about 4096 partial sums."""
     parts, channels = None if sums is None else sums.arguments["parts"], x.shape[1]
-    count = 1 if parts is None else len(parts)
+    groups, count = (1, 1) if parts is None else parts.shape[:2]
     padded = power(count)
     block = min(max(4, 4096 // padded), 128, power(channels))
-    arguments |= {"parts": parts, "rows": x.numel() // channels, "C": channels, "P": count, "PP": padded, "BC": block}
+    arguments |= {"parts": parts, "rows": x.numel() // channels // groups, "C": channels, "P": count, "groups": groups}
+    arguments |= {"PP": padded, "BC": block}
     return Launch(kernel, arguments, ceil(channels, block), 4)
 
 
@@ -62,8 +65,10 @@ def plan_finish_statistics(
 
 
 def _each_place(kernel: Any, x: Tensor, arguments: dict[str, Any]) -> Launch:
-    a = sizes(x) | arguments
-    return Launch(kernel, a, a["chunks"] * ceil(a["rows"], a["BR"]), 4)
+    groups = len(arguments["coefficients"])
+    a = sizes(x, groups) | arguments
+    a["each"] = a["chunks"] * ceil(a["rows"], a["BR"])
+    return Launch(kernel, a, a["each"] * groups, 4)
 
 
 def plan_apply(x: Tensor, skip: Tensor | None, coefficients: Tensor, out: Tensor) -> Launch:
@@ -72,7 +77,7 @@ def plan_apply(x: Tensor, skip: Tensor | None, coefficients: Tensor, out: Tensor
 
 def plan_gradients(grad: Tensor, x: Tensor, out: Tensor | None, coefficients: Tensor, masked: Tensor | None) -> Launch:
     arguments = {"grad": grad, "out": out, "coefficients": coefficients, "masked": masked}
-    return _sums(kernels.gradients_kernel, x, arguments)
+    return _sums(kernels.gradients_kernel, x, len(coefficients), arguments)
 
 
 def plan_finish_gradients(

@@ -107,7 +107,7 @@ def norm_launches(norm: Norm, dtype: torch.dtype, batch: int) -> dict[str, Launc
     """The launches of BatchNorm and ReLU by name, in training."""
     channels, height, width = norm.size
     x = torch.empty(batch, channels, height, width, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
-    row, coefficients = torch.empty(channels, device="meta"), torch.empty(6, channels, device="meta")
+    row, coefficients = torch.empty(channels, device="meta"), torch.empty(1, 6, channels, device="meta")
     skip = x if norm.skip else None
     sums, grads = norm_plans.plan_statistics(x), norm_plans.plan_gradients(x, x, skip, coefficients, skip)
     finish = norm_plans.plan_finish_statistics(x, sums, row, row, row, row, coefficients, 0.1, 1e-5)
