@@ -4,7 +4,7 @@ VENV ?= .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 RUN := $(VENV)/bin/python
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test kernels lint format clean
 
 setup: $(VENV)/.ready
 
@@ -26,6 +26,12 @@ demo: setup
 
 test: lint
 	$(RUN) -m pytest --numprocesses=2
+
+# every kernel of the RedNets, of Table 6 and of the dense models, for every GPU from sm_80 on: hours of one core, no GPU.
+# Started again it takes what is in Triton's cache.
+kernels: setup
+	$(RUN) scripts/check_kernels.py --models rednet26 rednet38 rednet50 rednet101 rednet152 ablation --dtype bf16 fp16 fp32
+	$(RUN) scripts/check_kernels.py --models dense --dtype bf16 fp16 fp32 --size 800 1280 --batch 2
 
 lint: setup
 	$(VENV)/bin/ruff format --check .
