@@ -1,4 +1,4 @@
-"""Shared fixtures: real images."""
+"""What all tests share: a fresh process, the order of the files, real images."""
 
 import logging
 import os
@@ -9,11 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import kill_what_runs
 
 from involution.ops import build
 
 with suppress(ImportError):  # before anything imports distutils: torch's compiler driver fails otherwise
     import setuptools  # noqa: F401
+
+# what the shell, or a launcher that the tests run under, has set: a test that needs one of these sets it itself
+for _name in list(os.environ):
+    if _name.startswith(("MALLOC_", "SLURM_", "WANDB_")) or _name in (
+        "GLIBC_TUNABLES", "INVOLUTION_BACKEND", "LOCAL_RANK", "RANK", "TORCHELASTIC_RESTART_COUNT", "WORLD_SIZE",
+    ):  # fmt: skip
+        del os.environ[_name]
+
+#: the files that take longest; workers take files in order (--no-loadscope-reorder in pyproject.toml)
+FIRST = ("test_launchers.py", "test_resume.py", "test_docs.py", "test_train.py", "test_recipes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
+def pytest_runtest_teardown() -> None:
+    """Programs that a test left running end here; a hook, for fixtures are not reached where another one failed."""
+    kill_what_runs()
 
 
 @pytest.fixture(autouse=True)

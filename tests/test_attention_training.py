@@ -1,11 +1,11 @@
-"""The self-attention families through the real train.py: training, kill -9 and resuming, what is refused."""
+"""The self-attention families through the real train.py: training, resuming after a kill, what is refused."""
 
 import re
 from pathlib import Path
 
 import pytest
-from programs import in_process, start
-from reliability import command, kill, lines, outcome, saved_step, wait_until, write_images
+from programs import in_process
+from reliability import command, lines, outcome, train_here, write_images
 
 FEW = ["train.global_batch_size=4", "train.checkpoint_every_steps=1", "data.loader=torch"]
 LARGE = ["data.train_size=128", "data.val_size=128", "data.val_resize=128"]  # the least that SAN takes
@@ -17,23 +17,8 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(run: Path, images: Path, *overrides: str) -> None:
-    ended = in_process("train.py", *command(run, images, *overrides)[2:])
+    ended = train_here(run, images, *overrides)
     assert ended.status == 0, ended.stderr
-
-
-@pytest.mark.slow
-def test_killed_it_resumes_and_ends_bit_equal(images: Path, tmp_path: Path) -> None:
-    """In a process of its own it is killed; this one trains to the end, for imports take longer than the steps."""
-    overrides = ["model=standalone_resnet26", "train.max_steps=2", *FEW]
-    process = start(command(tmp_path / "run", images, *overrides))
-    wait_until(lambda: saved_step(tmp_path / "run") >= 1, process)
-    kill(process)
-    assert not (tmp_path / "run" / "checkpoints" / "best.pt").exists()
-    for run in ("untouched", "run"):
-        train(tmp_path / run, images, *overrides)
-    assert "going on from" in (tmp_path / "run" / "train.log").read_text()
-    assert [line["step"] for line in lines(tmp_path / "run")] == [2]
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "untouched")
 
 
 FAMILIES = {  # and what its pictures have to be
@@ -60,6 +45,7 @@ def test_every_family_trains_and_goes_on_from_what_a_kill_leaves(name: str, imag
     (run / "checkpoints" / "last.pt").symlink_to("step-00000001.pt")
     train(run, images, *overrides)
     assert "going on from" in (run / "train.log").read_text()
+    assert [line["step"] for line in lines(run)] == [2]
     assert outcome(run) == untouched
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from involution.engine import build
+from involution.engine import build, checkpoint
 from involution.engine.checkpoint import CheckpointFolder, load_weights
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
@@ -147,15 +147,23 @@ def test_what_training_does_after_save_does_not_reach_the_file(tmp_path):
     assert digest(read(tmp_path / "last.pt")) == digest(state(1))
 
 
-def test_the_writing_thread_ends_with_the_file(tmp_path):
+def test_the_writing_thread_ends_with_the_file(tmp_path, monkeypatch):
     """One that stays keeps an OpenMP team of its own, and libgomp then lets those of training sleep."""
+    writers = []
+
+    def note(*arguments):
+        writers.append(threading.current_thread())
+        write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "write", note)
     folder = CheckpointFolder(tmp_path)
     folder.save(state(1), 1)
     folder.wait()
-    writers = [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
-    for writer in writers:
-        writer.join(10)
-    assert not [writer for writer in writers if writer.is_alive()]
+    (writer,) = writers
+    assert writer is not threading.current_thread()
+    writer.join(10)
+    assert not writer.is_alive()
+    assert read(tmp_path / "last.pt")["step"] == 1
 
 
 def test_weights_of_another_model_name_the_keys():

@@ -39,25 +39,6 @@ def test_rednets_to_the_last_digit(model_table, name, params, flops, macs):
     assert round(measured.macs / 1e9, 2) == macs
 
 
-@pytest.mark.parametrize(
-    ("options", "params"),
-    [
-        ({"kernel_size": 3}, 14.735),
-        ({"kernel_size": 5}, 15.053),
-        ({}, 15.530),
-        ({"kernel_size": 9}, 16.167),
-        ({"group_channels": 1}, 30.145),
-        ({"group_channels": 4}, 18.453),
-        ({"group_channels": None}, 14.603),
-        ({"kernel_generation": "linear"}, 18.102),
-        ({"reduction_ratio": 1}, 19.367),
-        ({"reduction_ratio": 16}, 14.571),
-    ],
-)
-def test_ablations_to_the_last_digit(model_table, options, params):
-    assert round(model_table.measure("rednet50", stem="convolution", **options).params / 1e6, 3) == params
-
-
 def test_tables_1_and_6_within_a_tenth(model_table):
     rows = model_table.table1() + model_table.table6()
     assert len(rows) == 10 + 14

@@ -123,7 +123,7 @@ def test_the_command_line_overrides_the_recipe():
         ("model.drop_path_rate=2", r"model\.drop_path_rate=2 should be between 0 and 1"),
         ("optimizer.lr=fast", r"optimizer\.lr=fast should be a number"),
         ("data.loader=dally", "did you mean dali"),
-        ("+train.epoch=3", "epoch"),
+        ("+train.epoch=3", r"Key 'epoch' not in 'TrainOptions'; did you mean epochs\?"),
     ],
 )
 def test_impossible_values(override, message):
@@ -159,15 +159,19 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["train.epoch=3"], "there is no key train.epoch; did you mean train.epochs?"),
         (["recipe=demo", "lr=3"], "there is no key lr; did you mean optimizer.lr?"),
         (["model=rednet5"], "model=rednet5 is unknown; did you mean rednet50?"),
-        (["model.kernel_size=4"], "kernel_size"),
+        (["model.kernel_size=4"], "kernel_size is 4; it should be odd, for the window to have a centre"),
         (["data=folder"], "set data.root"),
-        (["data=folder", "data.root=/nowhere"], "/nowhere"),
+        (
+            ["data=folder", "data.root=/nowhere"],
+            "data folder '/nowhere' does not exist; set data.root to the folder with",
+        ),
         (["recipe=demo", "train.batch_size=48"], "Batch sizes that fit: "),
         (["recipe=demo", "optimizer=adamw", "+optimizer.momentum=0.9"], "optimizer: ~optimizer.momentum"),
         (["recipe=demo", "optimizer=timm"], "optimizer.name is not set; give it as optimizer.name=NAME"),
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
-        (["device=cuda"], "device=cpu"),
-        (["train.sync_batchnorm=true", "device=cpu"], "sync_batchnorm"),
+        (["device=cuda"], "use device=cpu"),
+        (["recipe=demo", "logging=wanbd"], "should be one of tensorboard, wandb; did you mean wandb?"),
+        (["train.sync_batchnorm=true", "device=cpu"], "train.sync_batchnorm=true needs GPUs"),
         (["recipe=demo", "train.batch_size=8", "train.batchnorm_size=3"], "Take train.batch_size=9, for example"),
         (
             ["recipe=demo", "augmentation.mixup=0.2", "train.batch_size=1"],

@@ -27,9 +27,9 @@ import torch
 import yaml
 from image_folders import write, write_squares
 from PIL import Image
-from programs import finish, in_process, python, start, torchrun
+from programs import finish, in_process, kill, python, start, torchrun
 from pycocotools.coco import COCO
-from reliability import kill, outcome, saved_step, wait_until
+from reliability import outcome, saved_step, wait_until
 from test_config import config
 
 from data.coco import bitmaps
@@ -249,6 +249,6 @@ def test_wrong_input_ends_with_one_message_and_status_2(tmp_path, arguments, mes
 def test_another_number_of_classes_is_refused(run, photos):
     finished = in_process("eval.py", f"checkpoint={run}", "data=coco", f"data.root={photos}", "device=cpu")
     assert finished.status == 2, finished.stderr
-    assert "classes" in finished.stderr
+    assert "the data set's classes (person, bicycle, car, ...) are not those that the checkpoint" in finished.stderr
     assert len(open_coco(photos, COCO_LAYOUT).val.class_names) == 80
     assert bitmaps([], 4, 4).shape == (0, 4, 4)

@@ -18,10 +18,10 @@ OPERATORS = sorted(
 )
 
 
-def _empty_calls(image: Callable[..., Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Operator -> arguments, for an empty batch of images that ``image`` makes."""
-    x, out, hidden = image(0, 16, 5, 7), image(0, 16, 3, 4), image(0, 4, 3, 4)
-    kernel, weight, bias = torch.randn(0, 1, 3, 3, 3, 4), torch.randn(9, 4, 1, 1), torch.randn(9)
+def _calls(batch: int, image: Callable[..., Tensor]) -> dict[str, tuple[Any, ...]]:
+    """Operator -> arguments, for a batch of images that ``image`` makes."""
+    x, out, hidden = image(batch, 16, 5, 7), image(batch, 16, 3, 4), image(batch, 4, 3, 4)
+    kernel, weight, bias = torch.randn(batch, 1, 3, 3, 3, 4), torch.randn(9, 4, 1, 1), torch.randn(9)
     packed = torch.randn(16 * 32 + 32 + 4 * 32 + 32 + 2 * 16)
     return {
         "involution2d": (x, kernel, 2, 1, 1),
@@ -37,10 +37,17 @@ def _empty_calls(image: Callable[..., Tensor]) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_every_operator_takes_an_empty_batch(name: str, layout: torch.memory_format) -> None:
-    arguments = _empty_calls(lambda *shape: torch.randn(shape).to(memory_format=layout))[name]
-    results = getattr(torch.ops.involution, name)(*arguments)
-    for result in results if isinstance(results, tuple) else (results,):
-        assert not result.any()  # empty, or the zero gradient of a weight
+    """What two images give, without the images: gradients of weights are zeros."""
+
+    def results(batch: int) -> tuple[Tensor, ...]:
+        arguments = _calls(batch, lambda *shape: torch.randn(shape).to(memory_format=layout))[name]
+        found = getattr(torch.ops.involution, name)(*arguments)
+        return found if isinstance(found, tuple) else (found,)
+
+    for found, two in zip(results(0), results(2), strict=True):
+        assert found.shape == (two[:0] if len(two) == 2 else two).shape
+        assert found.dtype == two.dtype
+        assert not found.any()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])

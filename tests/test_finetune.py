@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from programs import finish, in_process, start
-from reliability import command, kill, outcome, saved_step, wait_until, write_images
+from programs import finish, in_process, kill, start
+from reliability import command, outcome, saved_step, wait_until, write_images
 
 import involution
 from involution.export import save_safetensors

@@ -16,7 +16,10 @@ from reliability import write_images
 
 import involution
 
-HEAVY = ("hydra", "omegaconf", "data", "timm", "torchvision", "PIL", "nvidia.dali", "tensorboard", "matplotlib")
+HEAVY = (
+    "hydra", "omegaconf", "data", "timm", "torchvision", "safetensors", "PIL", "nvidia.dali", "tensorboard",
+    "matplotlib",
+)  # fmt: skip
 #: runs a program where modules cannot be imported: python -c WITHOUT module,module program argument ...
 WITHOUT = """
 import runpy, sys

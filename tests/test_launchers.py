@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import slurm
-from programs import ROOT, finish, in_process, start
-from reliability import kill, outcome, saved_step, wait_until
+from programs import ROOT, finish, in_process, kill, start
+from reliability import outcome, saved_step, wait_until
 
 pytestmark = pytest.mark.slow
 

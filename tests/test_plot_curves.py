@@ -2,7 +2,7 @@
 
 import json
 
-from programs import in_process, python
+from programs import in_process
 
 
 def test_it_draws_runs_and_refuses_other_folders(tmp_path):
@@ -11,7 +11,7 @@ def test_it_draws_runs_and_refuses_other_folders(tmp_path):
     lines = [{"epoch": n, "train_loss": 2.0 / n, "val_top1": None if n == 1 else 10.0 * n} for n in (1, 2, 3)]
     (run / "config.yaml").write_text("{model: {name: rednet26}, data: {}, train: {}}")
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"torn')
-    finished = python("scripts/plot_curves.py", str(run), "--out", str(tmp_path / "curves.png"))
+    finished = in_process("scripts/plot_curves.py", str(run), "--out", str(tmp_path / "curves.png"))
     assert finished.stderr == ""
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (finished.status, finished.stdout) == (0, f"{tmp_path / 'curves.png'}\n")

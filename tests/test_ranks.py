@@ -7,8 +7,8 @@ import signal
 import time
 
 import pytest
-from programs import ROOT, finish, start
-from reliability import command, kill, saved_step, start_ranks, train, wait_until, write_images
+from programs import ROOT, finish, kill, start
+from reliability import command, saved_step, start_ranks, train, wait_until, write_images
 
 pytestmark = pytest.mark.slow
 

@@ -1,4 +1,4 @@
-"""Every recipe of classifiers: killed and resumed to the bit, moved to another number of ranks."""
+"""The recipes of classifiers: killed and resumed to the bit, moved to another number of ranks."""
 
 import socket
 from pathlib import Path
@@ -22,10 +22,8 @@ RECIPES = {
         "augmentation.erasing=0.5",
         "augmentation.color_jitter=0.4",
     ],
-    "rsb_a2": [],
-    "rsb_a3": [],
     "swin": [],
-}  # `paper`: test_resume.py
+}  # `paper`: test_resume.py; rsb_a2 and rsb_a3 are rsb_a1 with other values
 
 
 @pytest.fixture(scope="module")

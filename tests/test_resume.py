@@ -9,17 +9,17 @@ import time
 
 import pytest
 import torch
-from programs import finish, python, start
+from programs import finish, in_process, kill, start
 from reliability import (
     STEPS,
     command,
-    kill,
     lines,
     outcome,
     rank_pid,
     saved_step,
     start_ranks,
     train,
+    train_here,
     wait_until,
     write_images,
 )  # fmt: skip
@@ -78,14 +78,14 @@ def test_killed_and_stopped_again_and_again_the_run_ends_bit_equal(untouched, im
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "others"), [(2, 1), (1, 3)])
-def test_a_run_continues_on_another_number_of_ranks(images, tmp_path, ranks, others):
-    """From the same step on, the same images make up each step: losses and weights agree but for rounding."""
+def test_a_run_continues_on_another_number_of_ranks(images, tmp_path):
+    """From the same step on, the same images make up each step: losses and weights agree but for rounding. From one
+    rank to two: test_recipes.py."""
     shared = ["train.global_batch_size=12", "train.batch_size=2", "train.max_steps=4", "data.loader=torch"]
-    reference = train(tmp_path / "reference", images, *shared, ranks=ranks)
+    reference = train(tmp_path / "reference", images, *shared, ranks=2)
     assert reference.status == 0, reference.stderr
     before = tmp_path / "reference" / "checkpoints" / "step-00000002.pt"
-    continued = train(tmp_path / "run", images, *shared, f"train.resume={before}", ranks=others)
+    continued = train_here(tmp_path / "run", images, *shared, f"train.resume={before}")
     assert continued.status == 0, continued.stderr
     (expected,), (line,) = lines(tmp_path / "reference"), lines(tmp_path / "run")
     assert line["step"] == expected["step"] == 4
@@ -106,14 +106,14 @@ def test_a_run_continues_on_another_number_of_ranks(images, tmp_path, ranks, oth
 def test_a_run_that_is_made_shorter_ends_with_the_scores_of_its_end(images, tmp_path):
     """It stood between two evaluations."""
     shared = ["data.loader=torch", "train.evaluate_every_epochs=2", "train.keep_checkpoints=20"]
-    assert train(tmp_path / "long", images, *shared, "train.max_steps=6").status == 0
+    assert train_here(tmp_path / "long", images, *shared, "train.max_steps=6").status == 0
     between = tmp_path / "long" / "checkpoints" / "step-00000003.pt"
-    ended = train(tmp_path / "short", images, *shared, f"train.resume={between}", "train.max_steps=3")
+    ended = train_here(tmp_path / "short", images, *shared, f"train.resume={between}", "train.max_steps=3")
     assert ended.status == 0, ended.stderr
-    evaluated = python("eval.py", f"checkpoint={between}", "device=cpu")
+    evaluated = in_process("eval.py", f"checkpoint={between}", "device=cpu")
     assert ended.result["val_top1"] == pytest.approx(evaluated.result["top1"])
     before = (tmp_path / "long" / "config.yaml").read_bytes()
-    other = train(tmp_path / "long", images, *shared, "train.max_steps=6", "train.label_smoothing=0.2")
+    other = train_here(tmp_path / "long", images, *shared, "train.max_steps=6", "train.label_smoothing=0.2")
     assert other.status == 2, other.stderr
     assert "this run has ended, with other settings: train.label_smoothing was 0.1, is 0.2" in other.stderr
     assert (tmp_path / "long" / "config.yaml").read_bytes() == before
@@ -132,15 +132,15 @@ def test_torchrun_restarts_ranks_that_die_and_they_resume_by_themselves(untouche
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_one_rank_during_evaluation_stops_all_with_status_75(tmp_path, number):
+def test_a_signal_to_one_rank_during_evaluation_stops_all_with_status_75(tmp_path):
+    """Signals of all kinds: test_signals.py."""
     images = write_images(tmp_path / "images", val=900)
     overrides = ["train.max_steps=1", "train.checkpoint_every_steps=1", "data.loader=torch"]
     words = command(tmp_path / "run", images, *overrides)
     ranks = start_ranks([words, words])
     wait_until(lambda: saved_step(tmp_path / "run") == 1, ranks[0])  # saved between the step and the evaluation
     time.sleep(0.5)
-    ranks[1].send_signal(number)
+    ranks[1].send_signal(signal.SIGINT)
     ended = [finish(rank) for rank in ranks]
     assert [each.status for each in ended] == [75, 75], ended
     assert not (tmp_path / "run" / "metrics.jsonl").exists()  # it was in the evaluation
@@ -151,11 +151,10 @@ def test_a_signal_to_one_rank_during_evaluation_stops_all_with_status_75(tmp_pat
 
 @pytest.mark.slow
 def test_a_second_interrupt_stops_at_once(images, tmp_path):
-    """The first one waits for a step that takes long, as it accumulates many micro-batches."""
-    overrides = ["train.batch_size=2", "train.global_batch_size=44", "data.loader=torch"]
-    process = start(command(tmp_path / "run", images, *overrides, "train.epochs=100"))
-    wait_until(lambda: "step 1/" in _log(tmp_path / "run"), process)
-    time.sleep(0.5)  # well into the second step: at the end of the first it would save, and be gone
+    """The first one waits for a step that takes long, as it accumulates many micro-batches of large pictures."""
+    overrides = ["train.batch_size=2", "train.global_batch_size=44", "data.train_size=128", "data.loader=torch"]
+    process = start(command(tmp_path / "run", images, *overrides, "train.checkpoint_every_steps=1"))
+    wait_until(lambda: saved_step(tmp_path / "run") >= 1, process)  # after it looked for a stop: the next step is on
     process.send_signal(signal.SIGINT)
     wait_until(lambda: "finishing the step" in _log(tmp_path / "run"), process)
     process.send_signal(signal.SIGINT)

@@ -31,7 +31,7 @@ def jobs(study):
 @pytest.fixture(scope="module")
 def predictions(jobs):
     """Of the first and of the last job, by two ranks and by one."""
-    for run, program in ((jobs[0], lambda *words: torchrun(2, *words)), (jobs[-1], python)):
+    for run, program in ((jobs[0], lambda *words: torchrun(2, *words)), (jobs[-1], in_process)):
         finished = program("eval.py", f"checkpoint='{run}'", "batch_size=50", f"predictions='{run}/predictions.csv'")
         assert finished.status == 0, finished.stderr
         (run / "top1").write_text(str(finished.result["top1"]))

@@ -13,8 +13,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import OmegaConf
-from programs import ROOT, Finished, finish, in_process, python, start
-from reliability import kill, saved_step, wait_until
+from programs import ROOT, Finished, finish, in_process, kill, python, start
+from reliability import saved_step, wait_until
 
 from involution import create_model
 from involution.engine.arguments import keep_text
@@ -169,7 +169,7 @@ def test_failed_jobs_do_not_stop_the_rest_and_finished_ones_are_skipped(tmp_path
 def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
     command = [
         sys.executable, "train.py", "-m", *SMALL, f"output_root={tmp_path}", "name=s", "model.kernel_size=3,5",
-        "seed=0,1", "train.max_steps=10",
+        "train.max_steps=10",
     ]  # fmt: skip
     folders = sorted(job.folder for job in planned(tmp_path, *command[3:])[1])
     process = start(command)
@@ -179,14 +179,13 @@ def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
     assert stopped.status == 75, stopped.stderr
     assert not list((tmp_path / "s").glob("*/summary.json"))
     process = start(command)
-    wait_until(lambda: saved_step(folders[2]) >= 2, process)
+    wait_until(lambda: saved_step(folders[1]) >= 2, process)
     kill(process)
     again = finish(start(command))
     assert again.status == 0, again.stderr
-    assert again.result == {"sweep_dir": str(tmp_path / "s"), "jobs": 4, "finished": 4, "failed": 0}
-    assert again.stderr.count("finished before: ") == 2
-    logs = [(folder / "train.log").read_text() for folder in folders]
-    assert ["going on from" in log for log in logs] == [True, False, True, False]
+    assert again.result == {"sweep_dir": str(tmp_path / "s"), "jobs": 2, "finished": 2, "failed": 0}
+    assert again.stderr.count("finished before: ") == 1
+    assert [(folder / "train.log").read_text().count("going on from") for folder in folders] == [1, 1]
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,27 @@
 """The real train.py and eval.py on real images, as a user runs them."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from programs import in_process, python, torchrun
+from programs import Finished, in_process, python, torchrun
+
+from data import dali_installed
 
 TINY = ["recipe=demo", "device=cpu", "train.max_steps=4", "train.log_every_steps=2", "train.label_smoothing=0.1"]
 
 
-def train(root: Path, *overrides: str, ranks: int = 1, timeout: float = 600):
-    arguments = ["train.py", *TINY, f"output_root={root}", *overrides]
-    return torchrun(ranks, *arguments, timeout=timeout) if ranks > 1 else python(*arguments, timeout=timeout)
+def train(root: Path, *overrides: str) -> Finished:
+    compiled = "train.compile=true" in overrides  # what dynamo has compiled stays with a process
+    return (python if compiled else in_process)("train.py", *TINY, f"output_root={root}", *overrides)
 
 
 def evaluate(*arguments: str, ranks: int = 1) -> dict:
     arguments = ("eval.py", "device=cpu", *arguments)
-    finished = torchrun(ranks, *arguments) if ranks > 1 else python(*arguments)
+    finished = torchrun(ranks, *arguments) if ranks > 1 else in_process(*arguments)
     assert finished.status == 0, finished.stderr
     return finished.result
 
@@ -72,16 +75,14 @@ def test_starting_a_finished_run_again_trains_nothing(run):
     assert (run / "metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize(("ranks", "loader"), [(1, "torch"), (1, "dali"), (2, "torch"), (2, "dali")])
+@pytest.mark.parametrize(("ranks", "loader"), [(1, "torch"), (2, "dali" if dali_installed() else "torch")])
 def test_evaluation_is_the_same_for_any_number_of_ranks_and_either_loader(run, ranks, loader):
-    if loader == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     recorded = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     result = evaluate(f"checkpoint={run}/checkpoints/last.pt", f"data.loader={loader}", "batch_size=100", ranks=ranks)
     assert set(result) == {"checkpoint", "top1", "top5", "loss", "n"}
     assert result["n"] == 355
-    assert result["top1"] == pytest.approx(recorded["val_top1"], abs=0.3 if loader == "dali" else 1e-6)
-    assert result["loss"] == pytest.approx(recorded["val_loss"], rel=1e-2 if loader == "dali" else 1e-4)
+    assert result["top1"] == pytest.approx(recorded["val_top1"], abs=1e-6)
+    assert result["loss"] == pytest.approx(recorded["val_loss"], rel=1e-4)
 
 
 def test_eval_takes_a_run_folder_and_its_best_checkpoint(run, tmp_path):
@@ -99,7 +100,7 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
     released = tmp_path / "released.pth"
     torch.save({"state_dict": to_released(best_weights(read(run / "checkpoints" / "last.pt")))}, released)
     assert evaluate(f"checkpoint={released}", "data=demo")["top1"] == pytest.approx(recorded["val_top1"], abs=0.3)
-    refused = python("eval.py", f"checkpoint={released}")
+    refused = in_process("eval.py", f"checkpoint={released}")
     assert refused.status == 2
     assert "say what to evaluate on" in refused.stderr
 
@@ -109,8 +110,8 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
     [
         (["checkpoint=nowhere.pt"], "there is no file nowhere.pt"),
         (["checkpoint=README.md"], "README.md cannot be read as weights"),
-        ([], "checkpoint"),
-        (["checkpoint={run}", "data=folder", "data.root={run}"], "train"),
+        ([], "checkpoint is not set; give it as checkpoint=VALUE"),
+        (["checkpoint={run}", "data=folder", "data.root={run}"], "has no folder train; expected"),
         (["checkpoint={run}", "data=folder"], "set data.root"),
         (["checkpoint={run}", "data.val_sise=3"], "did you mean data.val_size?"),
     ],
@@ -122,14 +123,14 @@ def test_wrong_input_to_eval(run, arguments, message):
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_recipes_batch_train_one_model_and_write_one_run(tmp_path, ranks):
-    finished = train(tmp_path, "name=all", "train.max_steps=1", "data.loader=torch", "data.workers=0", ranks=ranks)
+def test_ranks_share_the_recipes_batch_train_one_model_and_write_one_run(tmp_path):
+    words = [*TINY, f"output_root={tmp_path}", "name=all", "train.max_steps=1", "data.loader=torch", "data.workers=0"]
+    finished = torchrun(4, "train.py", *words)
     assert finished.status == 0, finished.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
     assert len((tmp_path / "all" / "metrics.jsonl").read_text().splitlines()) == 1
-    assert yaml.safe_load((tmp_path / "all" / "config.yaml").read_text())["train"]["batch_size"] == 32 // ranks
-    assert f"train.batch_size={32 // ranks}, not 32, so that" in (tmp_path / "all" / "train.log").read_text()
+    assert yaml.safe_load((tmp_path / "all" / "config.yaml").read_text())["train"]["batch_size"] == 8
+    assert "train.batch_size=8, not 32, so that" in (tmp_path / "all" / "train.log").read_text()
     assert len([line for line in finished.stdout.splitlines() if line.startswith("{")]) == 1
 
 
@@ -147,22 +148,15 @@ def test_ranks_share_the_recipes_batch_train_one_model_and_write_one_run(tmp_pat
 def test_every_switch_trains_and_its_checkpoint_evaluates(tmp_path, overrides):
     finished = train(tmp_path, "name=a", *overrides)
     assert finished.status == 0, finished.stderr
+    (line,) = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert math.isfinite(line["train_loss"])
+    assert line["skipped_steps"] == 0 or "train.precision=fp16" in overrides  # which looks for its scale
     result = evaluate(f"checkpoint={tmp_path}/a")
     assert result["n"] == 355
 
 
-def test_a_sweep_gives_every_job_a_folder_named_by_its_overrides(tmp_path):
-    arguments = ["train.py", "-m", *TINY, f"output_root={tmp_path}", "name=sweep", "model.kernel_size=3,5"]
-    finished = python(*arguments, "train.max_steps=1")
-    assert finished.status == 0, finished.stderr
-    folders = sorted(path.parent.name for path in (tmp_path / "sweep").rglob("summary.json"))
-    assert len(folders) == 2
-    assert "model.kernel_size=3" in folders[0]
-    assert "model.kernel_size=5" in folders[1]
-
-
 def test_rednet_learns_on_photos(tmp_path, imagenette):
-    finished = python(
+    finished = in_process(
         "train.py", "recipe=demo", "data=imagenette", f"data.root={imagenette}", "device=cpu",
         "data.train_size=64", "data.val_size=64", "data.val_resize=73", f"output_root={tmp_path}", "name=photos",
         "train.max_steps=60", "optimizer.lr=0.02", "schedule.warmup_epochs=0.1",

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,17 +116,37 @@ def test_says_why_it_cannot_run_on_a_cpu() -> None:
     assert "CUDA" in reason
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, and Triton runs on it")
+class NoCompiler:
+    """Triton's driver where there is no C compiler."""
+
+    @property
+    def active(self) -> None:
+        raise FileNotFoundError("gcc")
+
+
+WORKING = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+
+
 @pytest.mark.parametrize(
-    ("capability", "why"), [((7, 5), "older than compute capability 8.0"), ((9, 0), "a C compiler")]
+    ("hip", "capability", "driver", "why"),
+    [
+        ("6.4", (9, 4), WORKING, "never compiled for AMD's"),
+        (None, (7, 5), WORKING, "older than compute capability 8.0"),
+        (None, (9, 0), NoCompiler(), "a C compiler and Python's headers (gcc)"),
+        (None, (9, 0), WORKING, None),
+    ],
 )
 def test_says_why_it_cannot_run_on_a_gpu(
-    capability: tuple[int, int], why: str, monkeypatch: pytest.MonkeyPatch
+    hip: str | None, capability: tuple[int, int], driver: object, why: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from involution.ops import triton_backend
 
+    monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert why in str(triton_backend._cannot_launch.__wrapped__(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    reason = triton_backend._cannot_launch.__wrapped__(torch.device("cuda"))
+    assert reason is None if why is None else why in reason
 
 
 def test_a_predicted_step_follows_from_the_kernels() -> None:

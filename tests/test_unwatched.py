@@ -229,13 +229,18 @@ def test_a_changed_convolution_has_its_effect(change, layout):
 
 
 def test_training_a_pruned_layer_goes_on():
+    torch.manual_seed(0)
     layer = Involution2d(32)
-    prune.l1_unstructured(layer.kernel_generation.span, "weight", 0.5)
+    span = prune.l1_unstructured(layer.kernel_generation.span, "weight", 0.5)
+    before, kept = span.weight.detach().clone(), span.weight_mask.bool()
     optimizer = torch.optim.SGD(layer.parameters(), 0.5)
     for _ in range(3):
         optimizer.zero_grad()
         layer(torch.randn(2, 32, 6, 6)).square().mean().backward()
         optimizer.step()
+    layer(torch.randn(2, 32, 6, 6))  # which makes the weight from what was learnt
+    assert not span.weight[~kept].any()
+    assert (span.weight != before)[kept].all()
 
 
 @pytest.mark.parametrize("what", ["generator", "norm", "pool", "act"])

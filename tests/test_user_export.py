@@ -77,7 +77,7 @@ def test_onnx_by_the_older_exporter(model):
     assert_same(exported(model, dynamo=False), model)
 
 
-@pytest.mark.parametrize("model", ["own", "create_model", "timm"], indirect=True)
+@pytest.mark.parametrize("model", ["own", "create_model"], indirect=True)
 def test_onnx(model):
     assert_same(exported(model, dynamo=True), model)
 
