@@ -1,4 +1,5 @@
-"""Encoded bytes -> picture, as Pillow reads it (of 16 bits too: involution/pictures.py)."""
+"""Encoded bytes -> picture: a classifier's as Pillow's `Image.open(...).convert("RGB")` has it, one with boxes or masks
+as involution/pictures.py says."""
 
 import io
 
@@ -39,7 +40,8 @@ def decode(
 
     Args:
         annotated: width and height to which boxes or masks belong. Where a picture turned as its Exif orientation says
-            has this size it is turned, as mmdetection and detectron2 do. Without it the orientation is ignored.
+            has this size it is turned, as mmdetection and detectron2 do, and 16 bits are scaled to 8. Without it the
+            orientation is ignored, and more than 8 bits are cut off.
 
     Raises:
         BadImageError: naming `path`, for whatever Pillow finds wrong (its plugins raise almost every exception type).
@@ -49,8 +51,9 @@ def decode(
     try:
         with Image.open(io.BytesIO(data)) as image:
             check_pixels(image.width, image.height, max_pixels)
-            turned = annotated is not None and upright_size(image) == annotated
-            return to_rgb(ImageOps.exif_transpose(image) if turned else image)
+            if annotated is None:
+                return image.convert("RGB")
+            return to_rgb(ImageOps.exif_transpose(image) if upright_size(image) == annotated else image)
     except UnidentifiedImageError:
         raise BadImageError(path, "Pillow cannot identify it as an image") from None
     except Exception as error:

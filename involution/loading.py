@@ -155,7 +155,6 @@ def evaluation_transform(
         from torchvision.transforms import v2
     except ImportError as error:
         raise ValueError("preparing pictures needs torchvision: pip install torchvision") from error
-    from involution.pictures import to_rgb  # Pillow comes with torchvision
 
     def without_ends(picture: Any) -> Any:
         height, width = v2.functional.get_size(picture)
@@ -171,7 +170,11 @@ def evaluation_transform(
     if len(mean) not in (1, 3):
         return v2.Compose([to_floats, *cropped, normalise])
     gray = v2.Grayscale() if len(mean) == 1 else v2.Identity()
-    return v2.Compose([v2.Lambda(to_rgb), *cropped, gray, v2.PILToTensor(), to_floats, normalise])
+    return v2.Compose([v2.Lambda(_rgb), *cropped, gray, v2.PILToTensor(), to_floats, normalise])
+
+
+def _rgb(picture: Any) -> Any:
+    return picture.convert("RGB")
 
 
 def _readable(names: list[str]) -> list[str]:

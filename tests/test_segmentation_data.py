@@ -123,7 +123,7 @@ def test_pictures_of_more_than_8_bits_are_scaled_not_cut_off(dtype, top):
     ramp = np.linspace(0, top, 256).round(0 if top > 1 else 7).astype(dtype).reshape(16, 16)
     stream = io.BytesIO()
     Image.fromarray(ramp).save(stream, "TIFF")
-    found = np.asarray(decode(stream.getvalue(), "ramp.tif"))
+    found = np.asarray(decode(stream.getvalue(), "ramp.tif", annotated=(16, 16)))
     assert found[..., 0].ravel().tolist() == list(range(256))
 
 

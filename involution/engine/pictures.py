@@ -49,8 +49,10 @@ def _inside(folder: Path) -> list[Path]:
     return found
 
 
-def open_picture(path: Path, channels: int = 3) -> Any:
+def open_picture(path: Path, channels: int = 3, scaled: bool = False) -> Any:
     """The picture in a file, in RGB. Unlike in data sets, cameras' note which side is up is obeyed.
+
+    scaled: more than 8 bits are, as where there are boxes or masks; a classifier's pictures are cut off.
 
     For a model of other than 1 or 3 `channels`: its bands (C, H, W) in [0, 1].
 
@@ -62,7 +64,8 @@ def open_picture(path: Path, channels: int = 3) -> Any:
             return decode_bands(path.read_bytes(), str(path), channels).permute(2, 0, 1) / 255
         with Image.open(path) as image:
             check_pixels(image.width, image.height)
-            return to_rgb(ImageOps.exif_transpose(image))
+            upright = ImageOps.exif_transpose(image)
+            return to_rgb(upright) if scaled else upright.convert("RGB")
     except BadImageError as error:
         reason = error.reason
     except UnidentifiedImageError:

@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     predictions: Predictions = []
     started = time.perf_counter()
     size, skip = config.batch_size or setup.EVAL_BATCH or EVAL_BATCH, config.data.get("on_error") == "skip"
-    for batch in _batches(paths, size, predictor.channels, skip):
+    open_one = partial(open_picture, channels=predictor.channels, scaled=setup is not classification)
+    for batch in _batches(paths, size, open_one, skip):
         with autocast(device, config.precision):
             found = predictor.predict(batch)
         for (path, _), prediction in zip(batch, found, strict=True):
@@ -71,7 +73,9 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     }
 
 
-def _batches(paths: list[Path], size: int, channels: int, skip: bool) -> Iterator[list[tuple[Path, Any]]]:
+def _batches(
+    paths: list[Path], size: int, open_one: Callable[[Path], Any], skip: bool
+) -> Iterator[list[tuple[Path, Any]]]:
     """Pictures with their paths, `size` at a time: threads decode a batch while the one before it is looked at.
 
     skip: name files that are no pictures and go on, instead of stopping.
@@ -79,8 +83,8 @@ def _batches(paths: list[Path], size: int, channels: int, skip: bool) -> Iterato
     with ThreadPoolExecutor() as pool:
         ahead: list[Future[Any]] = []
         for start in range(0, len(paths), size):
-            now = ahead or [pool.submit(open_picture, path, channels) for path in paths[:size]]
-            ahead = [pool.submit(open_picture, path, channels) for path in paths[start + size : start + 2 * size]]
+            now = ahead or [pool.submit(open_one, path) for path in paths[:size]]
+            ahead = [pool.submit(open_one, path) for path in paths[start + size : start + 2 * size]]
             batch = []
             for path, picture in zip(paths[start : start + size], now, strict=True):
                 try:

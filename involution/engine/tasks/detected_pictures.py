@@ -162,7 +162,11 @@ class DetectedPictures:
         if len(predictions) > SHEET:
             log.warning("the contact sheet shows the first %d of %d pictures", SHEET, len(predictions))
         drawn = [
-            draw_objects(torch.from_numpy(np.array(open_picture(path))).permute(2, 0, 1), seen.found, self.class_names)
+            draw_objects(
+                torch.from_numpy(np.array(open_picture(path, scaled=True))).permute(2, 0, 1),
+                seen.found,
+                self.class_names,
+            )
             for path, seen in predictions[:SHEET]
         ]
         Image.fromarray(sheet_of(drawn, min(4, len(drawn))).permute(1, 2, 0).numpy()).save(sheet)

@@ -117,7 +117,7 @@ class SegmentedPictures:
         rows, shown, colours = [], set(), colours_of(self.class_names)
         for path, prediction in predictions[:SHEET]:
             assert prediction.classes is not None
-            picture = np.asarray(open_picture(path))
+            picture = np.asarray(open_picture(path, scaled=True))
             rows.append([picture, overlay(picture, prediction.classes, colours)])
             shown |= set(np.unique(prediction.classes).tolist())
         names = [path.name for path, _ in predictions[:SHEET]]
