@@ -182,13 +182,13 @@ def _backend(loader: str, settings: Settings) -> Backend:
         raise ValueError("loader 'dali' needs NVIDIA DALI: pip install nvidia-dali-cuda130, or use data.loader=torch")
     # policies work on the CPU, where worker processes scale better than what DALI leaves to threads of this process
     slower = loader == "auto" and settings.device.type == "cuda" and settings.transform.policies
-    if loader == "torch" or settings.bands is not None or slower or not dali_installed():
-        return TorchBackend(Pictures(settings), settings.workers, settings.device)
-    from data.dali import DaliBackend, unfit_for
+    if not (loader == "torch" or settings.bands is not None or slower) and dali_installed():
+        from data.dali import DaliBackend, unfit_for
 
-    if problem := unfit_for(settings.device):
+        problem = unfit_for(settings.device)
+        if problem is None:
+            return DaliBackend(settings)
         if loader == "dali":
             raise ValueError(f"loader 'dali' cannot be used here: {problem}, or use data.loader=torch")
         log.warning("data.loader=torch, for %s", problem)
-        return TorchBackend(Pictures(settings), settings.workers, settings.device)
-    return DaliBackend(settings)
+    return TorchBackend(Pictures(settings), settings.workers, settings.device)

@@ -32,6 +32,7 @@ log = logging.getLogger("involution.data")
 QUEUE = 4  # batches DALI prepares ahead: 18 % faster than 2 on a busy 2-core machine
 READERS = 8  # threads that read files
 CHUNK = 32  # files a task reads
+BUILT = int(str(nvidia.dali.__cuda_version__)[:2])  # the CUDA that DALI is made for; 13.4.92 is written 13492
 _DEVICE_PADDING, _HOST_PADDING = 211025920, 140544512  # nvJPEG buffers for ImageNet's largest image: no reallocation
 
 
@@ -44,10 +45,6 @@ def unfit_for(device: torch.device) -> str | None:
     version = ctypes.c_int()
     ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
     return unfit(version.value // 1000, torch.cuda.get_device_capability(device))
-
-
-#: the CUDA that DALI is made for; it writes 13.4.92 as 13492, and 13.1.115 as 131115
-BUILT = int(str(nvidia.dali.__cuda_version__)[:2])
 
 
 def unfit(driver: int, capability: tuple[int, int], built: int = BUILT) -> str | None:

@@ -17,6 +17,7 @@ from data.image_list import ImageList
 from data.parquet import list_parquet, parquet_files
 from data.shards import has_shards, list_shards
 from involution.cache import writable_cache_dir
+from involution.checks import few
 
 log = logging.getLogger("involution.data")
 
@@ -163,17 +164,13 @@ def _numbered(val: ImageList, train: ImageList, base: Path) -> ImageList:
     unknown = [name for name in used if name not in number]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} class(es) of val below {str(base)!r} are not in train: {_few(unknown)}. Classes are "
+            f"{len(unknown)} class(es) of val below {str(base)!r} are not in train: {few(unknown)}. Classes are "
             "numbered by train's folders: add theirs there, rename them as train's are, or take them out of val"
         )
     missing = [name for name in train.class_names if name not in used]
     if missing:
-        log.warning("val has no images of %d of the %d classes: %s", len(missing), len(number), _few(missing))
+        log.warning("val has no images of %d of the %d classes: %s", len(missing), len(number), few(missing))
     if val.class_names == train.class_names:  # a name may be there twice, as "crane" is in ImageNet
         return val
     numbers = np.array([number.get(name, -1) for name in val.class_names], np.int32)
     return dataclasses.replace(val, targets=numbers[val.targets], class_names=train.class_names)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if names[5:] else "")

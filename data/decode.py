@@ -53,7 +53,8 @@ def decode(
             check_pixels(image.width, image.height, max_pixels)
             if annotated is None:
                 return image.convert("RGB")
-            return to_rgb(ImageOps.exif_transpose(image) if upright_size(image) == annotated else image)
+            turned = image.getexif().get(ORIENTATION, 1) != 1 and upright_size(image) == annotated
+            return to_rgb(ImageOps.exif_transpose(image) if turned else image)
     except UnidentifiedImageError:
         raise BadImageError(path, "Pillow cannot identify it as an image") from None
     except Exception as error:

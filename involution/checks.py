@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any, NoReturn
 
@@ -36,6 +36,11 @@ def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:
     valid = list(valid)
     nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0)[0]
     return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
+
+
+def few(names: Sequence[str]) -> str:
+    """The first five of names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,6 @@ Exported programs take images (B, C, H, W) of any batch and size (from ``MIN_SIZ
 """
 
 import contextlib
-import json
 import os
 import shutil
 import warnings
@@ -27,7 +26,7 @@ from involution.models.san import SAN
 from involution.models.standalone import StandAloneResNet
 from involution.ops import banded, packaged
 from involution.ops.build import BuildError
-from involution.weights import describe
+from involution.weights import describe, files
 
 #: smallest height and width of an exported program's images: the last stage then has more than one pixel a side,
 #: which the exporter assumes of every size that may vary
@@ -204,12 +203,9 @@ def save_safetensors(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     preparation = {key: preparation[key] for key in IMAGENET}
-    notes = {"preparation": json.dumps(preparation)}
-    if class_names:
-        notes["class_names"] = json.dumps(list(class_names))
-    if arguments is not None:
-        notes["arguments"] = json.dumps({"name": name} | options)
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt", "model": name, **notes})
+    made_by = None if arguments is None else {"name": name} | options
+    notes = files.metadata(made_by, list(class_names), preparation)
+    save_file(state, folder / "model.safetensors", metadata=notes | {"model": name})
     card = _model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 

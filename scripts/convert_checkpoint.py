@@ -9,7 +9,6 @@ listed, and are an error.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 from involution.loading import IMAGENET
 from involution.models import DENSE, create_model, tensors_for, without_weights
-from involution.weights import dense, load_into, open_weights, to_released
+from involution.weights import dense, files, load_into, open_weights, to_released
 
 
 def convert(source: Path, target: Path, to: str = "ours") -> str:
@@ -45,9 +44,8 @@ def convert(source: Path, target: Path, to: str = "ours") -> str:
         from safetensors.torch import save_file
 
         preparation = {key: weights.data[key] for key in IMAGENET if key in weights.data}
-        notes = {"arguments": {"name": name} | options, "class_names": weights.class_names, "preparation": preparation}
-        told = {key: json.dumps(value) for key, value in notes.items() if value and to == "ours"}
-        save_file(converted, target, metadata={"format": "pt"} | told)
+        notes = files.metadata({"name": name} | options, weights.class_names, preparation)
+        save_file(converted, target, metadata=notes if to == "ours" else {"format": "pt"})
     else:
         torch.save({"state_dict": converted}, target)
     return f"{name} ({', '.join(f'{k}={v}' for k, v in options.items())}), {len(converted)} tensors -> {target}"

@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
-from involution.checks import SizeError, first_line
+from involution.checks import SizeError, few, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig, differences
@@ -245,8 +245,7 @@ def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dic
 
 def _listed(names: Sequence[str], first: int) -> str:
     """A few names from the first on that differs, and how many there are."""
-    shown = ["...", *names[first : first + 5]] if first else names[:5]
-    return f"{', '.join(shown)}{', ...' if len(names) > first + 5 else ''} ({len(names)})"
+    return f"{'..., ' if first else ''}{few(names[first:])} ({len(names)})"
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

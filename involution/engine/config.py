@@ -136,9 +136,9 @@ RANGES = {  # lowest and highest value; None: no limit
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-# "" in conf/ where the command line has to tell
-#: keys that say where or how something runs, not what: another value makes it no other run, and names no folder
+# keys that say where or how something runs, not what: another value makes it no other run, and names no folder
 PLACE = ("name", "output_root", "device", "logging", "data.root", "data.workers", "data.loader", "train.resume")
+# "" in conf/ where the command line has to tell
 TOLD = ("model.name", "optimizer.name", "name", "checkpoint", "output_root")
 # what keys mean that earlier configurations lack
 LATER = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from involution.checks import few
 from involution.engine.config import DataConfig
 from involution.engine.errors import UserError
 from involution.models import DENSE, StagedNetwork, from_timm, model_of
@@ -47,18 +48,14 @@ def start_from(
         log.warning(
             "the weights' classifier is for other classes (%s; of the %d here %d are new to it), so it starts afresh; "
             "class folders named as its classes would keep it",
-            _first(names or ()), len(class_names), len(set(class_names) - set(names or ())),
+            few(names or ()), len(class_names), len(set(class_names) - set(names or ())),
         )  # fmt: skip
     elif as_many:
-        classes = f" ({_first(names)})" if names else ", for the weights do not tell the names of theirs"
+        classes = f" ({few(names)})" if names else ", for the weights do not tell the names of theirs"
         log.info("the classifier for %d classes is kept%s", model.num_classes, classes)
     for key in ("mean", "std"):
         if key in data_there and list(data_there[key]) != list(getattr(data, key)):
             log.warning("it was trained with data.%s=%s, here it is %s", key, data_there[key], getattr(data, key))
-
-
-def _first(names: Sequence[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
 
 def _advice(

@@ -10,6 +10,7 @@ import pickle
 import re
 import typing
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,16 @@ def why_unreadable(error: Exception) -> str:
     return first_line(error)
 
 
+def metadata(
+    arguments: Mapping[str, Any] | None, class_names: Sequence[str] | None, preparation: Mapping[str, Any]
+) -> dict[str, str]:
+    """The notes of a safetensors file, of what is known; ``notes`` reads them."""
+    known = {"arguments": arguments, "class_names": class_names, "preparation": preparation}
+    return {"format": "pt"} | {key: json.dumps(value) for key, value in known.items() if value}
+
+
 def notes(metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """What ``export.save_safetensors`` notes beside the weights: class_names, preparation, arguments.
+    """What ``metadata`` noted beside the weights: class_names, preparation, arguments.
 
     Raises:
         ValueError: they are no JSON.

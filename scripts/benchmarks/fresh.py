@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from involution.engine.meter import forget_peak_memory, peak_memory_mb
+
 SCRIPTS = Path(__file__).resolve().parents[1]
 _PROGRAM = """
 import importlib, json, sys, torch
@@ -64,14 +66,9 @@ class PeakMemory:
         self.device, self.mib = device, 0.0
 
     def __enter__(self) -> "PeakMemory":
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self._base = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # forget the maximum so far
-            self._base = _status("VmRSS")
+        forget_peak_memory(torch.device(self.device))
+        self._base = torch.cuda.memory_allocated() / 2**20 if self.device == "cuda" else _status("VmRSS")
         return self
 
     def __exit__(self, *_: object) -> None:
-        peak = torch.cuda.max_memory_allocated() / 2**20 if self.device == "cuda" else _status("VmHWM")
-        self.mib = peak - self._base
+        self.mib = peak_memory_mb(torch.device(self.device)) - self._base
