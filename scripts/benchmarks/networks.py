@@ -50,12 +50,8 @@ def training_step(
 ) -> Call:
     """`theirs`: torchvision's network of this name."""
     torch.manual_seed(0)
-    model = (
-        (torchvision.models.get_model(name) if theirs else create_model(name))
-        .to(args.device)
-        .to(memory_format=torch.channels_last)
-        .train()
-    )
+    model = torchvision.models.get_model(name) if theirs else create_model(name)
+    model = model.to(args.device).to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4, fused=True)
     x = images(batch, args.side, args.device, torch.float32)
     y = torch.randint(1000, (batch,), device=args.device)
