@@ -69,7 +69,8 @@ def _unpack(pattern: str, folder: Path) -> Path:
         pytest.skip(f"INVOLUTION_DATASETS has no {pattern}")
     for pack in found:
         with tarfile.open(pack) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # type: ignore[assignment]  # new in 3.11.4
+            archive.extractall(folder)
     return folder
 
 
