@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -41,6 +42,8 @@ def _commit() -> str:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(REPOSITORY), *arguments], capture_output=True, text=True).stdout.strip()
 
+    if shutil.which("git") is None:
+        return "unknown"
     return git("rev-parse", "--short", "HEAD") + (" with local changes" if git("status", "--short", *CODE) else "")
 
 

@@ -49,7 +49,13 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
             device=args.device, threads=torch.get_num_threads(), clock="wall", repeats=1, allocator="default"
         )
     )
-    found.pop("command")
+    for name in ("command", "threads", "clock", "repeats", "allocator"):  # each step has its own
+        found.pop(name)
+    if args.out and args.out.exists() and (before := json.loads(args.out.read_text())["GPU"]) != found["GPU"]:
+        raise UserError(
+            f"{args.out.parent} has results of another GPU, {before}, and this is {found['GPU']}: give another folder, "
+            "scripts/gpu_session.sh FOLDER OUT"
+        )
     if args.device != "cuda":
         return found
     gpu = torch.cuda.get_device_properties(0)
@@ -181,7 +187,10 @@ def loader(args: argparse.Namespace) -> dict[str, Any]:
 def same_bits(args: argparse.Namespace) -> dict[str, Any]:
     if len(args.runs) != 2:
         raise UserError("same-bits needs --runs A B, two folders of runs")
-    first, second = (read(Path(run) / "checkpoints/last.pt")["model"] for run in args.runs)
+    states = [read(Path(run) / "checkpoints/last.pt") for run in args.runs]
+    if states[0]["step"] != states[1]["step"]:
+        raise UserError(f"these runs ended after {states[0]['step']} and {states[1]['step']} steps: not comparable")
+    first, second = (state["model"] for state in states)
     different = [name for name in first if not torch.equal(first[name], second[name])]
     return {"same": not different and first.keys() == second.keys(), "different": different}
 

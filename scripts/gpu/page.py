@@ -4,18 +4,23 @@ python scripts/gpu/page.py gpu-out [--out docs/benchmarks/gpu]
 """
 
 import argparse
+import csv
 import json
+import os
+import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Report, Row
+from run_folders import Run, find_runs
 
 #: the steps that scripts/benchmark.py measures
-BENCHMARKS = ("training", "training-32", "training-fp32", "training-compiled", "op", "loop", "data")
+BENCHMARKS = ("training", "training-32", "training-fp32", "training-compiled", "op", "loop", "op-attention", "data")
 IMAGES = 130 * 1_281_167  # of the paper's recipe on ImageNet
 
 
@@ -36,7 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fill(report: Report, folder: Path) -> None:
     """A table or a sentence for everything that was measured; what was not is in the list of steps."""
-    report.table("Steps", steps(folder), "Exit 124: out of time. A step that is not here was not reached.")
+    if counts := tests(folder):
+        report.verdict(f"Tests on the GPU: {counts}.")
     if found := _load(folder / "synchronisations.json"):
         places = ", ".join(found["places"])
         report.verdict(f"A training step waits for the GPU {f'in {places}' if places else 'nowhere'}.")
@@ -45,20 +51,33 @@ def fill(report: Report, folder: Path) -> None:
         report.verdict(f"A run that was stopped and resumed {same} the bits of one that was not (deterministic=true).")
     for found in filter(None, (_load(folder / f"{name}.json") for name in ("step", "step-ghost"))):
         note = "host: the time until the last launch; where it is the whole step, the host is what limits."
-        ghost = f", train.batchnorm_size={found['batchnorm_size']}" if found["batchnorm_size"] else ""
-        report.table(f"Training step, {found['precision']}{ghost}", found["rows"], note)
+        report.table(step_title(found["precision"], found["batchnorm_size"]), found["rows"], note)
         _speeds(report, found["rows"])
+    if trained := runs(folder):
+        note = "Top-1 of n photos after the last epoch; medians of the epochs; minutes in all, without evaluations."
+        report.table("Runs of train.py", trained, note)
     for name in BENCHMARKS:
         for table in (_load(folder / f"{name}.json") or {"tables": []})["tables"]:
             if "rows" in table:
                 report.table(table["title"], [_flat(row) for row in table["rows"]], table["note"])
+            else:
+                report.verdict(table["verdict"])
     if found := _load(folder / "profile.json"):
         title = f"Kernels of a step of {found['model']}, batch {found['batch']}: {found['all (ms)']:.1f} ms in all"
-        report.table(title, found["rows"], "The twenty that take longest; calls and microseconds of a step.")
+        rows = [row | {"kernel": f"`{row['kernel']}`"} for row in found["rows"]]  # or <float> would be a tag of HTML
+        report.table(title, rows, "The twenty that take longest; calls and microseconds of a step.")
     if found := _load(folder / "loader.json"):
         rates = ", ".join(f"{rate:.0f} images/s with data.decoder={name}" for name, rate in found["images/s"].items())
         stay = "do not change" if found["pictures stay while they are read"] else "CHANGE (a race)"
         report.verdict(f"DALI: {rates}. Pictures {stay} while the GPU reads them late.")
+    note = "Exit 124: out of time, 75: stopped. Seconds and commit of the last try. What is not here was not reached."
+    report.table("Steps", steps(folder), note)
+
+
+def step_title(precision: str, batchnorm_size: int | None = None) -> str:
+    """Of a table of training steps; cluster_table.py finds it by this."""
+    ghost = f", train.batchnorm_size={batchnorm_size}" if batchnorm_size else ""
+    return f"Training step, {precision}{ghost}"
 
 
 def _speeds(report: Report, rows: list[Row]) -> None:
@@ -71,20 +90,48 @@ def _speeds(report: Report, rows: list[Row]) -> None:
     ]
     if pairs:
         report.verdict(f"RedNet's speed in ResNet's: {', '.join(pairs)}.")
-    best = max((rate, batch) for (name, batch), rate in speed.items() if name.startswith("red"))
-    hours = IMAGES / best[0] / 3600
+    best, batch = max((rate, batch) for (name, batch), rate in speed.items() if name.startswith("red"))
     report.verdict(
-        f"docs/cluster.md's r: {best[0]:.0f} images/s at batch {best[1]}, so that its 130 epochs of ImageNet take "
-        f"{hours:.1f} h of this GPU, {hours / 8:.1f} h of eight without what they lose to their network."
+        f"RedNet is fastest at batch {batch}, {best:.0f} images/s: 130 epochs of ImageNet in "
+        f"{IMAGES / best / 3600:.1f} h of this GPU. docs/cluster.md predicts what many GPUs do."
     )
+
+
+def tests(folder: Path) -> str:
+    """How many passed and failed, the last line of pytest; nothing where it did not get there."""
+    path = folder / "tests.txt"
+    lines = reversed(path.read_text().splitlines() if path.exists() else [])
+    return next((line.strip("= ") for line in lines if re.search(r"\d (passed|failed|skipped|error)", line)), "")
+
+
+def runs(folder: Path) -> list[Row]:
+    """A line for every run of train.py but those that were to end with the same bits."""
+    if not any((folder / "runs").glob("*/config.yaml")):
+        return []
+    return [_run(folder, run) for run in find_runs([folder / "runs"]) if run.lines and not run.config["deterministic"]]
+
+
+def _run(folder: Path, run: Run) -> Row:
+    """n is what eval.py has counted since, of a run of the study that has ended."""
+    scores = folder / f"{run.path.name.replace('study', 'scores')}.csv"
+    with open(scores if scores.exists() else os.devnull, newline="") as file:
+        n = next((line["n"] for line in csv.DictReader(file)), None)
+    return {
+        "run": run.path.name, "epochs": f"{run.lines[-1]['epoch']} of {run.config['train']['epochs']}",
+        "top-1 (%)": f"{run.score('top1'):.2f}", "n": n,
+        "images/s": median(line["images_per_s"] for line in run.lines),
+        "waiting for data (%)": 100 * median(line["data_wait"] for line in run.lines),
+        "minutes": sum(line["seconds"] for line in run.lines) / 60,
+        "peak (GiB)": max(line["peak_memory_mb"] for line in run.lines) / 1024,
+    }  # fmt: skip
 
 
 def steps(folder: Path) -> list[Row]:
     """What ran, from steps.tsv: a line a try, of which the last counts."""
     path = folder / "steps.tsv"
     tries = [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
-    last = {name: (name, int(status), int(seconds), command) for name, status, seconds, command in tries}
-    return [dict(zip(("step", "exit", "seconds", "command"), row)) for row in last.values()]
+    last = {values[0]: [values[0], int(values[1]), int(values[2]), *values[3:]] for values in tries}
+    return [dict(zip(("step", "exit", "seconds", "commit", "command"), row)) for row in last.values()]
 
 
 def _flat(row: Row) -> Row:
