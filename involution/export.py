@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from involution.checks import printable
 from involution.complexity import count
-from involution.folding import fold_parts
+from involution.folding import fold, fold_layers, fold_parts
 from involution.loading import IMAGENET, input_channels
 from involution.models import DENSE, StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
@@ -124,18 +124,20 @@ def export_aoti(
     notes = _told(class_names, preparation)
     configs: dict[str, Any] = {"freezing": on_cpu, "cpp.dynamic_threads": True, "aot_inductor.metadata": notes}
     with torch.no_grad(), contextlib.ExitStack() as stack:
+        folding = fold_layers
         if on_cpu:
             try:
                 configs |= stack.enter_context(packaged.kept())
+                folding = fold
             except BuildError as error:
                 warnings.warn(f"the package will be slower, of standard operators: {error}", stacklevel=2)
-        program = export_program(_folded(model), size)
+        program = export_program(_folded(model, folding), size)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
-def _folded(model: nn.Module) -> nn.Module:
+def _folded(model: nn.Module, fold: Callable[[nn.Module], nn.Module] = fold_layers) -> nn.Module:
     """In channels_last; images may come in any memory format."""
-    return fold_parts(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fold_parts(model, fold).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def export_onnx(

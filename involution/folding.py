@@ -2,7 +2,9 @@
 
 import copy
 import warnings
-from typing import cast
+from collections.abc import Callable
+from itertools import groupby
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,9 @@ from involution.calls import Calls
 from involution.checks import NotScripted, first_line
 from involution.kernel_generation import BottleneckGeneration
 from involution.layers import Involution2d
-from involution.ops import folded
-from involution.unwatched import as_it_seems
+from involution.models.bottleneck import Bottleneck
+from involution.ops import bottleneck, folded
+from involution.unwatched import as_it_seems, unchanged
 
 
 class FoldedInvolution2d(NotScripted, nn.Module):
@@ -42,15 +45,46 @@ class FoldedInvolution2d(NotScripted, nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
 
+class FoldedBottleneck(NotScripted, nn.Module):
+    """What a bottleneck of folded layers does: (B, M, H, W) -> (B, N, Ho, Wo)."""
+
+    packed: Tensor
+
+    def __init__(self, block: Bottleneck) -> None:
+        super().__init__()
+        narrow, layer, widen = block.conv1, cast("FoldedInvolution2d", block.conv2), block.conv3
+        skip = cast("nn.Conv2d", block.downsample[0]) if isinstance(block.downsample, nn.Sequential) else None
+        self.register_buffer("packed", bottleneck.pack(narrow, layer.packed, widen, skip).detach())
+        self.width, self.out_channels = narrow.out_channels, widen.out_channels
+        self.hidden, self.groups, self.projected = layer.hidden, layer.groups, skip is not None
+        self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        window = self.kernel_size, self.stride, self.dilation
+        sizes = self.width, self.out_channels, int(self.projected), self.hidden, self.groups
+        return bottleneck.folded_bottleneck2d(x, self.packed, *sizes, *window)
+
+    def extra_repr(self) -> str:
+        """The arguments."""
+        names = ("width", "out_channels", "projected", "hidden", "groups")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in (*names, "kernel_size", "stride", "dilation"))
+
+
 def fold(model: nn.Module) -> nn.Module:
     """A copy of ``model`` for inference, in evaluation mode, with the same outputs but for rounding.
 
     A convolution takes up the BatchNorm that alone reads its output; an ``Involution2d`` of the default kernel
-    generation takes up BatchNorm and ReLU and becomes one operator. Who reads whose output is seen by ``torch.fx``, for
-    the model as it is now and any optional arguments. Modules that are called twice, hooked, parametrised or otherwise
-    changed stay as they are, and so does a model that torch.fx cannot trace or that decides by an argument what it
-    runs, with a warning. Fold first, compile then: ``torch.compile(fold(model))``.
+    generation takes up BatchNorm and ReLU and becomes one operator; where the model is on the CPU, so does a whole
+    bottleneck of these. Who reads whose output is seen by ``torch.fx``, for the model as it is now and any optional
+    arguments. Modules that are called twice, hooked, parametrised or otherwise changed stay as they are, and so does a
+    model that torch.fx cannot trace or that decides by an argument what it runs, with a warning. Fold first, compile
+    then: ``torch.compile(fold(model))``.
     """
+    return _join_bottlenecks(fold_layers(model))
+
+
+def fold_layers(model: nn.Module) -> nn.Module:
+    """``fold`` without whole bottlenecks: what other programs than torch run best."""
     model = copy.deepcopy(model).eval()
     try:
         calls = Calls(model)
@@ -63,12 +97,12 @@ def fold(model: nn.Module) -> nn.Module:
     warnings.warn(
         f"{type(model).__name__} is not folded: torch.fx cannot tell the order of its layers ({reason}); fold parts of "
         "it, as in model.backbone = fold(model.backbone)",
-        stacklevel=2,
+        stacklevel=3,
     )
     return model
 
 
-def fold_parts(model: nn.Module) -> nn.Module:
+def fold_parts(model: nn.Module, fold: Callable[[nn.Module], nn.Module] = fold) -> nn.Module:
     """``fold``, and where it leaves the whole as it is, ``fold`` of each child; it does not say what stays."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -94,6 +128,55 @@ def _replaced(model: nn.Module, calls: Calls) -> nn.Module:
             if calls.once(act):  # another one stays: a ReLU twice is a ReLU
                 found[act] = nn.Identity()
     return copy.deepcopy(model, {id(module): other for module, other in found.items()})
+
+
+def _join_bottlenecks(model: nn.Module) -> nn.Module:
+    """Of a folded model, with the bottlenecks that only their own forward uses as one operator each."""
+    blocks = {path: block for path, block in model.named_modules() if isinstance(block, Bottleneck) and _joins(block)}
+    if not blocks:
+        return model
+    joined = copy.deepcopy(model, {id(block): FoldedBottleneck(block) for block in blocks.values()})
+    try:
+        before, after = (_called(m, tuple(blocks)) for m in (model, joined))
+    except Exception:  # somebody takes a block apart
+        return model
+    return joined if after == before else model
+
+
+def _called(model: nn.Module, blocks: tuple[str, ...]) -> list[str]:
+    """The layers that are called, the one behind the other; instead of those in a block, once, the block."""
+    paths = [
+        next((block for block in blocks if f"{node.target}.".startswith(f"{block}.")), str(node.target))
+        for node in Calls(model, (Involution2d, FoldedInvolution2d, FoldedBottleneck)).nodes
+        if node.op == "call_module"
+    ]
+    return [path for path, _ in groupby(paths)]
+
+
+def _joins(block: Bottleneck) -> bool:
+    layer, skip = block.conv2, block.downsample
+    if not (as_it_seems(block, Bottleneck) and type(layer) is FoldedInvolution2d and unchanged(layer)):
+        return False
+    convs: list[tuple[nn.Module, int]] = [(block.conv1, 1), (block.conv3, 1)]
+    if isinstance(skip, nn.Sequential):
+        convs.append((skip[0], layer.stride))
+    elif layer.stride != 1 or block.conv1.in_channels != block.conv3.out_channels:
+        return False
+    gone = block.bn1, block.bn2, block.act2, block.bn3, *([*skip][1:] if isinstance(skip, nn.Sequential) else [skip])
+    return (
+        all(_pointwise(conv, stride) for conv, stride in convs)
+        and all(as_it_seems(module, nn.Identity) for module in gone)
+        and all(as_it_seems(act, nn.ReLU) for act in (block.act1, block.act3))
+        and {(t.device.type, t.dtype) for t in (*block.parameters(), layer.packed)} == {("cpu", layer.packed.dtype)}
+        and not block.conv1.out_channels % folded.PANEL
+        and not block.conv3.out_channels % folded.PANEL
+    )
+
+
+def _pointwise(conv: nn.Module, stride: int) -> TypeGuard[nn.Conv2d]:
+    if not (isinstance(conv, nn.Conv2d) and as_it_seems(conv, nn.Conv2d)):
+        return False
+    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (stride, stride), (0, 0), 1)
 
 
 def _as_built(layer: Involution2d) -> bool:

@@ -23,6 +23,7 @@ def _calls(batch: int, image: Callable[..., Tensor]) -> dict[str, tuple[Any, ...
     x, out, hidden = image(batch, 16, 5, 7), image(batch, 16, 3, 4), image(batch, 4, 3, 4)
     kernel, weight, bias = torch.randn(batch, 1, 3, 3, 3, 4), torch.randn(9, 4, 1, 1), torch.randn(9)
     packed = torch.randn(16 * 32 + 32 + 4 * 32 + 32 + 2 * 16)
+    block = torch.randn(2 * 32 * 17 + (32 * 32 + 32 + 4 * 32 + 32 + 2 * 32) + 32 * 33)
     return {
         "involution2d": (x, kernel, 2, 1, 1),
         "involution2d_backward": (out, x, kernel, 2, 1, 1, True, True),
@@ -31,6 +32,7 @@ def _calls(batch: int, image: Callable[..., Tensor]) -> dict[str, tuple[Any, ...
         "span_involution2d": (x, hidden, weight, bias, 3, 2, 1, 1),
         "span_involution2d_backward": (out, x, hidden, weight, bias, 3, 2, 1, 1),
         "folded_involution2d": (x, packed, 4, 1, 3, 2, 1),
+        "folded_bottleneck2d": (x, block, 32, 32, 1, 4, 1, 3, 2, 1),
     }
 
 

@@ -224,6 +224,8 @@ def test_gradient_of_the_input_and_nan_come_through():
     with torch.no_grad():
         assert fold(model)(torch.full((1, 32, 5, 5), torch.nan)).isnan().all()
         assert fold(model)(torch.empty(0, 32, 5, 5)).shape == (0, 32, 5, 5)
+        with pytest.raises(ValueError, match="with the C of the weights"):
+            fold(model)(torch.empty(1, 16, 5, 5))
 
 
 @torch.no_grad()

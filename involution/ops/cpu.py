@@ -20,6 +20,7 @@ from .shapes import empty_kernel, empty_product, layout, output_hw
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
     x_batch x_row x_pixel kernel_batch kernel_row kernel_pixel kernel_tap threads
+    in_channels out_channels projected
 """
 
 

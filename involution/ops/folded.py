@@ -8,10 +8,14 @@ torch operations that compilers fuse. There are no gradients.
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
+from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, cpu, cpu_folded, packaged
 from .functional import span_involution2d
@@ -22,29 +26,54 @@ from .transforms import active
 PANEL = 32  # columns of a packed panel (csrc/fused.h)
 
 
+def pack_convolution(conv: nn.Conv2d) -> Tensor:
+    """A 1x1 convolution from M to N channels: its weight in panels (ceil(N/32), M, 32), then its bias
+    (ceil(N/32) * 32,)."""
+    extra = -conv.out_channels % PANEL
+    bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    rows = F.pad(conv.weight.flatten(1), (0, 0, 0, extra))
+    return torch.cat([rows.unflatten(0, (-1, PANEL)).transpose(1, 2).flatten(), F.pad(bias, (0, extra))])
+
+
+def packed_size(outputs: int, inputs: int) -> int:
+    """Elements of such a convolution."""
+    return -(-outputs // PANEL) * PANEL * (inputs + 1)
+
+
+def unpack_convolution(packed: Tensor, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+    """Its weight (N, M, 1, 1) and bias (N,)."""
+    panels, bias = packed.split([packed.numel() // (inputs + 1) * inputs, packed.numel() // (inputs + 1)])
+    weight = panels.view(-1, inputs, PANEL).transpose(1, 2).flatten(0, 1)
+    return weight[:outputs, :, None, None], bias[:outputs]
+
+
 def pack(reduce: nn.Conv2d, span: nn.Conv2d, scale: Tensor, shift: Tensor) -> Tensor:
-    """All operands as the CPU reads them, in one tensor: for each of the 1x1 convolutions its weight in panels
-    (ceil(N/32), M, 32) and its bias (ceil(N/32) * 32,), then scale (C,) and shift (C,)."""
-    parts = []
-    for conv in (reduce, span):
-        extra = -conv.out_channels % PANEL
-        bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
-        rows = F.pad(conv.weight.flatten(1), (0, 0, 0, extra))
-        parts += [rows.unflatten(0, (-1, PANEL)).transpose(1, 2), F.pad(bias, (0, extra))]
-    return torch.cat([part.flatten() for part in (*parts, scale, shift)])
+    """All operands as the CPU reads them, in one tensor: both convolutions, then scale (C,) and shift (C,)."""
+    return torch.cat([pack_convolution(reduce), pack_convolution(span), scale, shift])
+
+
+def size(channels: int, hidden: int, taps: int) -> int:
+    """Elements of what ``pack`` gives."""
+    return packed_size(hidden, channels) + packed_size(taps, hidden) + 2 * channels
+
+
+def check(input: Tensor, packed: Tensor, size: Callable[[int], int]) -> None:
+    """
+    Args:
+        size: elements of ``packed`` for a number of channels of ``input``.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if input.dim() != 4 or packed.numel() != size(input.shape[1]):
+        raise ValueError(f"the input is {tuple(input.shape)}; it should be (B, C, H, W), with the C of the weights")
 
 
 def unpack(packed: Tensor, channels: int, hidden: int, taps: int) -> list[Tensor]:
     """Weight (N, M, 1, 1) and bias (N,) of both convolutions, scale (C,) and shift (C,)."""
-    convs = [(hidden, channels), (taps, hidden)]
-    panels = [-(-n // PANEL) for n, _ in convs]
-    sizes = [size for p, (_, m) in zip(panels, convs, strict=True) for size in (p * m * PANEL, p * PANEL)]
-    parts = packed.split([*sizes, channels, channels])
-    result = []
-    for i, (n, m) in enumerate(convs):
-        weight = parts[2 * i].view(-1, m, PANEL).transpose(1, 2).flatten(0, 1)
-        result += [weight[:n, :, None, None], parts[2 * i + 1][:n]]
-    return [*result, *parts[4:]]
+    sizes = packed_size(hidden, channels), packed_size(taps, hidden), channels, channels
+    reduce, span, scale, shift = packed.split(sizes)
+    return [*unpack_convolution(reduce, hidden, channels), *unpack_convolution(span, taps, hidden), scale, shift]
 
 
 def composed(
@@ -84,6 +113,16 @@ def _fake(
     return empty_output(input, input.shape[1], *output_hw(input, kernel_size, stride, padding, dilation))
 
 
+@register_flop_formula(torch.ops.involution.folded_involution2d)
+def flops(
+    input: Any, packed: Any, hidden: int, groups: int, kernel_size: int, stride: int, dilation: int, **_: Any
+) -> int:
+    """Two a multiply-add: hidden tensor, kernels, window."""
+    batch, channels, height, width = input
+    pixels = batch * -(-height // stride) * -(-width // stride)
+    return int(2 * pixels * (channels * hidden + (hidden * groups + channels) * kernel_size**2))
+
+
 def folded_involution2d(
     input: Tensor, packed: Tensor, hidden: int, groups: int, kernel_size: int, stride: int, dilation: int
 ) -> Tensor:
@@ -91,8 +130,17 @@ def folded_involution2d(
     options = hidden, groups, kernel_size, stride, dilation
     if has_torch_function((input, packed)):
         return handle_torch_function(folded_involution2d, (input, packed), input, packed, *options)
+    check(input, packed, lambda channels: size(channels, hidden, groups * kernel_size**2))
     if exporting():
         return (packaged.folded_involution2d if packaged.keeps(input, packed) else composed)(input, packed, *options)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or packed.requires_grad)
     standing_in = differentiated or input.device.type != "cpu" or active()
-    return (composed if standing_in else torch.ops.involution.folded_involution2d)(input, packed, *options)
+    if standing_in:
+        return composed(input, packed, *options)
+    return torch.ops.involution.folded_involution2d(*autocast(input, packed), *options)
+
+
+def autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """Tensors of the CPU as a convolution under autocast takes them."""
+    enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return (t.to(dtype) if enabled and t.dtype != torch.float64 else t for t in tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import build
 
 #: operator -> integers among its arguments, behind two tensors
-_INTEGERS = {"folded_involution2d": 5, "involution2d": 3, "neighbourhood_product": 5}
+_INTEGERS = {"folded_bottleneck2d": 8, "folded_involution2d": 5, "involution2d": 3, "neighbourhood_product": 5}
 _keeping = False
 
 
@@ -61,8 +61,13 @@ def _declaration(name: str) -> str:
     return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(arguments)})"
 
 
+def folded_bottleneck2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
+    """``torch.ops.involution.folded_bottleneck2d``, its image as the C++ side takes it."""
+    return torch.ops.involution.folded_bottleneck2d(_image(input), packed, *options)
+
+
 def folded_involution2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
-    """``torch.ops.involution.folded_involution2d``, its image as the C++ side takes it."""
+    """``torch.ops.involution.folded_involution2d``, likewise."""
     return torch.ops.involution.folded_involution2d(_image(input), packed, *options)
 
 

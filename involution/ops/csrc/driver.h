@@ -18,6 +18,7 @@ struct Problem {  // mirrored by cpu.py: same names, same order, all 64-bit
     int64_t x_batch, x_row, x_pixel;                            // strides of the input, in elements
     int64_t kernel_batch, kernel_row, kernel_pixel, kernel_tap;  // strides of the kernel
     int64_t threads;
+    int64_t in_channels, out_channels, projected;  // of the bottleneck around it
 
     Window window() const { return {height, width, size, stride, padding, dilation}; }
     int64_t taps() const { return size * size; }
@@ -46,7 +47,7 @@ constexpr int64_t kTileBytes = 256 << 10;  // a tile, its input rows and packed 
 // Buffers that live as long as their thread: allocating them anew costs more page faults than a small call computes.
 template <class A>
 A* scratch(int slot, int64_t count) {
-    static thread_local std::vector<A> buffers[12];
+    static thread_local std::vector<A> buffers[16];
     constexpr int64_t align = kRegisterBytes / int64_t(sizeof(A));
     if (int64_t(buffers[slot].size()) < count + align) buffers[slot].resize(count + align);
     const auto address = reinterpret_cast<uintptr_t>(buffers[slot].data());

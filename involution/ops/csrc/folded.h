@@ -20,16 +20,7 @@ struct Generator {
             const T* from = x + image * p.x_batch;
             const bool whole = in_place && (std::is_same_v<T, F> || p.x_pixel == p.channels);
             const F* rows = whole ? as<F>(from + pixel * p.x_pixel, n * p.channels, 3) : pool(from, pixel, n);
-            A* sums;
-            if constexpr (std::is_same_v<A, F>)
-                sums = hidden;
-            else
-                sums = scratch<A>(4, n * step);
-            reduce.multiply(n, rows, whole ? p.x_pixel : p.channels, 0, step, sums, step);
-            for (int64_t i = 0; i < n * step; i += kLanes<A>) {
-                const auto value = load<Vec<A>>(sums + i);
-                store(hidden + i, value < Vec<A>{} ? Vec<A>{} : value);  // in this order NaN stays NaN
-            }
+            reduce.multiply(n, rows, whole ? p.x_pixel : p.channels, 0, step, hidden, step, StorePositive{});
         }
     }
 

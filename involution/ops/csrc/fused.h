@@ -19,10 +19,12 @@ struct Panels {
     int64_t depth;
 
     // C [rows][last - first] = a [rows][depth] x columns first...last + bias, whole registers
-    void multiply(int64_t rows, const F* a, int64_t a_row, int64_t first, int64_t last, A* c, int64_t c_row) const {
+    template <class C, class Done = Store>
+    void multiply(int64_t rows, const F* a, int64_t a_row, int64_t first, int64_t last, C* c, int64_t c_row,
+                  Done done = {}) const {
         gemm<A>(rows, last - first, depth, a, a_row, 1,
                 [&](int64_t j) { return values + (first + j) / kPanel * kPanel * depth + (first + j) % kPanel; }, kPanel,
-                c, c_row, bias ? bias + first : nullptr, false);
+                c, c_row, bias ? bias + first : nullptr, false, done);
     }
 };
 

@@ -16,11 +16,25 @@ INLINE void add_products(Vec<float>& sum, Vec<uint32_t> a, Vec<uint32_t> b) {
 }
 #endif
 
-// C[i][:] (+)= sum_k A[i * a_row + k * a_step] * B[k * b_step + :] for ROWS rows and COLS registers. Of bfloat16
-// A[k + 1] follows A[k] in memory where k is even, whatever a_step is.
-template <class A, int ROWS, int COLS, class F>
+struct Store {
+    template <class C, class V>
+    INLINE void operator()(C* to, V sum) const {
+        store(to, sum);
+    }
+};
+
+struct StorePositive {
+    template <class C, class V>
+    INLINE void operator()(C* to, V sum) const {
+        store(to, V(sum < V{} ? V{} : sum));  // in this order NaN stays NaN
+    }
+};
+
+// C[i][:] (+)= sum_k A[i * a_row + k * a_step] * B[k * b_step + :] for ROWS rows and COLS registers, stored by `done`.
+// Of bfloat16 A[k + 1] follows A[k] in memory where k is even, whatever a_step is.
+template <class A, int ROWS, int COLS, class F, class C, class Done>
 INLINE void gemm_block(int64_t depth, const F* __restrict a, int64_t a_row, int64_t a_step, const F* __restrict b,
-                       int64_t b_step, A* __restrict c, int64_t c_row, const A* __restrict bias, bool add) {
+                       int64_t b_step, C* __restrict c, int64_t c_row, const A* __restrict bias, bool add, Done done) {
     typedef Vec<A> V;
     constexpr int L = kLanes<A>;
     V sum[ROWS][COLS];
@@ -59,30 +73,32 @@ INLINE void gemm_block(int64_t depth, const F* __restrict a, int64_t a_row, int6
             });
         if (k < depth) add_pairs(std::integral_constant<int, 1>{}, [](const Half* p) INLINED { return uint32_t(p->bits); });
     }
-    unroll<ROWS>([&](auto i) INLINED { unroll<COLS>([&](auto j) INLINED { store(c + i * c_row + j * L, sum[i][j]); }); });
+    unroll<ROWS>([&](auto i) INLINED { unroll<COLS>([&](auto j) INLINED { done(c + i * c_row + j * L, sum[i][j]); }); });
 }
 
-template <class A, int COLS, int ROWS = kBlockRows, class F>
+template <class A, int COLS, int ROWS = kBlockRows, class F, class C, class Done>
 INLINE void gemm_rows(int64_t rows, int64_t depth, const F* a, int64_t a_row, int64_t a_step, const F* b,
-                      int64_t b_step, A* c, int64_t c_row, const A* bias, bool add) {
+                      int64_t b_step, C* c, int64_t c_row, const A* bias, bool add, Done done) {
     for (; rows >= ROWS; rows -= ROWS, a += ROWS * a_row, c += ROWS * c_row)
-        gemm_block<A, ROWS, COLS>(depth, a, a_row, a_step, b, b_step, c, c_row, bias, add);
+        gemm_block<A, ROWS, COLS>(depth, a, a_row, a_step, b, b_step, c, c_row, bias, add, done);
     if constexpr (ROWS > 1) {
         constexpr int next = ROWS > 8 ? 8 : ROWS > 4 ? 4 : ROWS / 2;
-        gemm_rows<A, COLS, next>(rows, depth, a, a_row, a_step, b, b_step, c, c_row, bias, add);
+        gemm_rows<A, COLS, next>(rows, depth, a, a_row, a_step, b, b_step, c, c_row, bias, add, done);
     }
 }
 
 // All columns: `columns` is a multiple of the lanes. b_panel(column) points at B's first row from that column on.
-template <class A, class F, class Panel>
+template <class A, class F, class Panel, class C, class Done = Store>
 NOINLINE void gemm(int64_t rows, int64_t columns, int64_t depth, const F* a, int64_t a_row, int64_t a_step,
-                   Panel b_panel, int64_t b_step, A* c, int64_t c_row, const A* bias, bool add) {
+                   Panel b_panel, int64_t b_step, C* c, int64_t c_row, const A* bias, bool add, Done done = {}) {
     constexpr int L = kLanes<A>;
+    const auto run = [&](auto registers, int64_t j) INLINED {
+        const A* addend = bias ? bias + j : nullptr;
+        gemm_rows<A, registers>(rows, depth, a, a_row, a_step, b_panel(j), b_step, c + j, c_row, addend, add, done);
+    };
     int64_t j = 0;
-    for (; j + 2 * L <= columns; j += 2 * L)
-        gemm_rows<A, 2>(rows, depth, a, a_row, a_step, b_panel(j), b_step, c + j, c_row, bias ? bias + j : nullptr, add);
-    if (j < columns)
-        gemm_rows<A, 1>(rows, depth, a, a_row, a_step, b_panel(j), b_step, c + j, c_row, bias ? bias + j : nullptr, add);
+    for (; j + 2 * L <= columns; j += 2 * L) run(Count<2>{}, j);
+    if (j < columns) run(Count<1>{}, j);
 }
 
 // The columns of `from` [rows][step] as the rows of an A.

@@ -1,6 +1,6 @@
 // Entry points. Of the plain operator the kernel tensor is read (its gradient written) in place where its taps lie
 // together in the type of the sums; else tile by tile through a converted copy.
-#include "folded.h"
+#include "bottleneck.h"
 #include "norm.h"
 #include "pointwise.h"
 
@@ -126,6 +126,9 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
     }                                                                                                                 \
     void involution_folded_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {            \
         folded_forward<A>(*p, x, packed, out);                                                                        \
+    }                                                                                                                 \
+    void involution_bottleneck_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {        \
+        bottleneck_forward<A>(*p, x, packed, out);                                                                    \
     }                                                                                                                 \
     void involution_norm_forward_##NAME(const Norm* n, const T* x, const T* skip, const A* weight, const A* bias,     \
                                         A* running_mean, A* running_var, A* coefficients, T* out) {                   \

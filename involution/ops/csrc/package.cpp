@@ -13,6 +13,7 @@ void involution_forward_float(const Problem*, const float* x, const float* kerne
 void involution_backward_float(const Problem*, const float* grad, const float* x, const float* kernel, float* grad_x,
                                float* grad_kernel);
 void involution_folded_forward_float(const Problem*, const float* x, const float* packed, float* out);
+void involution_bottleneck_forward_float(const Problem*, const float* x, const float* packed, float* out);
 }
 
 namespace {
@@ -63,9 +64,9 @@ float* allocate(const int64_t (&sizes)[N], const int64_t (&strides)[N], AtenTens
     return static_cast<float*>(Tensor(*out).data);
 }
 
-float* allocate_image(const Problem& p, AtenTensorHandle* out) {
-    const int64_t row = p.out_width * p.channels;
-    return allocate<4>({p.batch, p.channels, p.out_height, p.out_width}, {p.out_height * row, 1, row, p.channels}, out);
+float* allocate_image(const Problem& p, int64_t channels, AtenTensorHandle* out) {
+    const int64_t row = p.out_width * channels;
+    return allocate<4>({p.batch, channels, p.out_height, p.out_width}, {p.out_height * row, 1, row, channels}, out);
 }
 }  // namespace
 
@@ -76,9 +77,23 @@ AOTITorchError aoti_torch_cpu_folded_involution2d(AtenTensorHandle input, AtenTe
     const Tensor x(input);
     Problem p = describe(x, groups, size, stride, dilation * (size - 1) / 2, dilation);
     p.hidden = hidden;
-    float* to = allocate_image(p, out);
+    float* to = allocate_image(p, p.channels, out);
     if (!to) return AOTI_TORCH_FAILURE;
     involution_folded_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
+    return AOTI_TORCH_SUCCESS;
+}
+
+AOTITorchError aoti_torch_cpu_folded_bottleneck2d(AtenTensorHandle input, AtenTensorHandle packed, int64_t width,
+                                                  int64_t out_channels, int64_t projected, int64_t hidden,
+                                                  int64_t groups, int64_t size, int64_t stride, int64_t dilation,
+                                                  AtenTensorHandle* out) {
+    const Tensor x(input);
+    Problem p = describe(x, groups, size, stride, dilation * (size - 1) / 2, dilation);
+    p.in_channels = p.channels, p.out_channels = out_channels, p.projected = projected, p.hidden = hidden;
+    p.channels = p.x_pixel = width, p.x_row = p.width * width, p.x_batch = p.height * p.x_row;  // of the layer inside
+    float* to = allocate_image(p, out_channels, out);
+    if (!to) return AOTI_TORCH_FAILURE;
+    involution_bottleneck_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
     return AOTI_TORCH_SUCCESS;
 }
 
@@ -87,7 +102,7 @@ AOTITorchError aoti_torch_cpu_involution2d(AtenTensorHandle input, AtenTensorHan
     const Tensor x(input), taps(kernel);
     Problem p = describe(x, taps.sizes[1], taps.sizes[2], stride, padding, dilation);
     describe_taps(p, taps.strides);
-    float* to = allocate_image(p, out);
+    float* to = allocate_image(p, p.channels, out);
     if (!to) return AOTI_TORCH_FAILURE;
     involution_forward_float(&p, x.floats(), taps.floats(), to);
     return AOTI_TORCH_SUCCESS;
