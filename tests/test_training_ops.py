@@ -91,6 +91,23 @@ def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch
 
 
 @pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_images_that_no_cache_holds_are_written_past_it_with_the_same_bits(dtype, residual, instruction_set):
+    torch.manual_seed(0)
+    module = batch_norm(64, torch.float32 if dtype == torch.bfloat16 else dtype).eval()
+    inputs = [image(20, 64, 96, 96, dtype=dtype) for _ in range(1 + residual)]
+    out, *grads = everything(run(inputs[0], module, *inputs[1:]), module, *inputs)[: 2 + residual]
+    torch.manual_seed(1)
+    grad = torch.randn_like(out, dtype=torch.float64).bfloat16().to(dtype)
+    for n in (0, 19):
+        one = [t[n : n + 1].detach().requires_grad_() for t in inputs]
+        result = run(one[0], module, *one[1:])
+        assert torch.equal(result, out[n : n + 1])
+        for found, expected in zip(torch.autograd.grad(result, one, grad[n : n + 1]), grads, strict=True):
+            assert torch.equal(found, expected[n : n + 1])
+
+
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_derivatives_of_batch_norm_and_relu(training, residual):
     torch.manual_seed(0)

@@ -70,6 +70,32 @@ INLINE void store(Half* p, V v) {
         store(&p->bits, __builtin_convertvector(bits, Bits));
 }
 
+// Past the caches, where the processor can: for what is larger than they are. `p` has the alignment of what is written.
+template <class V, class T>
+INLINE void store_past_caches(T* p, V v) {
+#if defined(__AVX512F__)
+    T values[sizeof v / sizeof(Wide<T>)];
+    store(values, v);
+    __m512i wide;
+    __m256i half;
+    if constexpr (sizeof values == sizeof wide) {
+        __builtin_memcpy(&wide, values, sizeof wide);
+        return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), wide);
+    } else if constexpr (sizeof values == sizeof half) {
+        __builtin_memcpy(&half, values, sizeof half);
+        return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half);
+    }
+#endif
+    store(p, v);
+}
+
+// Behind stores past the caches, before others read what they wrote.
+inline void finish_stores() {
+#if defined(__AVX512F__)
+    _mm_sfence();
+#endif
+}
+
 // to[i] = from[i], in another type
 template <class A, class S, class T>
 INLINE void convert(const S* from, int64_t n, T* to) {

@@ -5,6 +5,8 @@
 
 #include "driver.h"
 
+constexpr int64_t kLarge = 16 << 20;  // bytes of an image that do not stay in the last cache until the next operator
+
 struct Norm {  // mirrored by norm.py: same names, same order, all of 64 bits
     int64_t rows, channels, threads;
     int64_t training;  // 0: normalise with the running statistics and leave them alone
@@ -25,6 +27,7 @@ int deal_rows(const Norm& n, F f) {
     on_threads(n.rows * n.channels < 1 << 15 ? 1 : std::min(n.rows, n.threads), [&](int thread, int count) {
         if (thread == 0) team = count;
         f(n.rows * thread / count, n.rows * (thread + 1) / count, thread);
+        finish_stores();
     });
     return team;
 }
@@ -80,16 +83,30 @@ void with_skip(const void* skip, F f) {
     skip ? f(Count<1>{}) : f(Count<0>{});
 }
 
+// f(write): write(T*, value) stores what nobody reads soon; images that fill the caches would only be fetched for that.
+template <class A, class T, class F>
+void with_store(const Norm& n, F f, const T* a, const T* b = nullptr) {
+    const int64_t bytes = n.rows * n.channels * int64_t(sizeof(T));
+    const auto aligned = (reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b)) % kRegisterBytes == 0;
+    if (bytes > kLarge && aligned && n.channels % kLanes<A> == 0)
+        f([](T* to, auto value) INLINED { store_past_caches(to, value); });
+    else
+        f([](T* to, auto value) INLINED { store(to, value); });
+}
+
 template <class A, class T>
 void norm_apply(const Norm& n, const T* x, const T* skip, A* coefficients, T* out) {
     const Coefficients<A> k(coefficients, n.channels);
     with_skip(skip, [&](auto added) {
-        each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
-            typedef decltype(v) V;
-            V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
-            if constexpr (added) value += load<V>(skip + i);
-            store(out + i, value < V{} ? V{} : value);  // in this order NaN stays NaN
-        });
+        const auto run = [&](auto write) {
+            each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
+                typedef decltype(v) V;
+                V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
+                if constexpr (added) value += load<V>(skip + i);
+                write(out + i, V(value < V{} ? V{} : value));  // in this order NaN stays NaN
+            });
+        };
+        with_store<A, T>(n, run, out);
     });
 }
 
@@ -126,7 +143,7 @@ template <class A, class T>
 void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* coefficients, T* grad_x, T* grad_skip,
                    A* grad_weight, A* grad_bias) {
     const Coefficients<A> k(coefficients, n.channels);
-    with_skip(out, [&](auto added) {
+    const auto run = [&](auto added, auto write) {
         // the gradient where the ReLU was open; of NaN it was
         const auto through = [=](auto v, int64_t i, int64_t c) INLINED {
             typedef decltype(v) V;
@@ -140,7 +157,7 @@ void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* co
         const auto sums = sum_rows<A>(n, [=](auto v, int64_t i, int64_t c, auto& sum, auto& product) INLINED {
             typedef decltype(v) V;
             const V value = through(v, i, c);
-            if constexpr (added) store(grad_skip + i, value);
+            if constexpr (added) write(grad_skip + i, value);
             sum += value, product += value * (load<V>(x + i) - load<V>(k.mean + c));
         });
         A *mean = scratch<A>(5, 2 * n.channels), *slope = mean + n.channels;
@@ -158,7 +175,10 @@ void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* co
             else
                 value = through(v, i, c);
             const V distance = load<V>(x + i) - load<V>(k.mean + c);
-            store(grad_x + i, V((value - load<V>(mean + c) - distance * load<V>(slope + c)) * load<V>(k.scale + c)));
+            write(grad_x + i, V((value - load<V>(mean + c) - distance * load<V>(slope + c)) * load<V>(k.scale + c)));
         });
+    };
+    with_skip(out, [&](auto added) {
+        with_store<A, T>(n, [&](auto write) { run(added, write); }, grad_x, grad_skip);
     });
 }
