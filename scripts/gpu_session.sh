@@ -69,8 +69,8 @@ train first 240 model=rednet50 train.precision=bf16 train.batch_size=128 train.g
 
 if [ -n "$STUDY" ]; then # the paper's recipe with a batch for ten thousand photos: lr 0.8 for 2048 is 0.1 for 256
   for model in rednet50 resnet50; do
-    train "study-$model" 7200 "model=$model" train.precision=bf16 train.batch_size=128 train.global_batch_size=256 \
-      optimizer.lr=0.1 seed=0 "name=study-$model" &&
+    train "study-$model" 7200 "model=$model" train.precision=bf16 train.batch_size=256 train.batchnorm_size=32 \
+      train.global_batch_size=256 optimizer.lr=0.1 seed=0 "name=study-$model" &&
       step "scores-$model" 300 python eval.py "checkpoint=$OUT/runs/study-$model/checkpoints/last.pt" precision=bf16 \
         "results=$OUT/scores-$model.csv"
   done

@@ -209,7 +209,7 @@ def test_the_page_finds_what_the_study_leaves(session: Path, tmp_path: Path) -> 
     out = tmp_path / "out"
     assert begin(session, out, tmp_path / "bin", "").wait() == 0
     train = {"model": "rednet26", "device": "cpu", "train.epochs": "2", "train.precision": "fp32"}
-    train |= {"train.batch_size": "2", "train.global_batch_size": "2"}
+    train |= {"train.batch_size": "4", "train.global_batch_size": "4", "train.batchnorm_size": "2"}
     train |= {f"data.{key}": "32" for key in ("train_size", "val_size", "val_resize")} | {"data.workers": "1"}
     results = []
     for program, *words in started(tmp_path / "bin"):
