@@ -9,8 +9,8 @@ from programs import ROOT
 ORDER = [
     "involution.checks", "involution.pictures", "involution.cache", "involution.ops", "involution.unwatched",
     "involution.attention", "involution.kernel_generation", "involution.layers", "involution.sequence",
-    "involution.calls", "involution.complexity", "involution.folding", "involution.weights", "involution.conversion",
-    "involution.models", "involution.visualize", "involution.dense", "involution.loading", "involution.export",
+    "involution.calls", "involution.complexity", "involution.weights", "involution.conversion", "involution.models",
+    "involution.folding", "involution.visualize", "involution.dense", "involution.loading", "involution.export",
     "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
