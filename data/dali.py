@@ -25,6 +25,7 @@ from data.decode import BadImageError
 from data.loader import Loaded, Settings, arrange
 from data.plain import plain_size
 from data.sampling import MicroBatch
+from data.torch_loader import at_most_cores
 from data.transforms import TrainTransform, cut
 from involution.checks import first_line
 
@@ -94,7 +95,8 @@ class DaliBackend:
         automatic = settings.device.type == "cuda" and not settings.transform.policies
         self.resize = automatic if resize is None else resize
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="image-reader")
-        self._augmenters = ThreadPoolExecutor(max(1, settings.workers), thread_name_prefix="image-augmenter")
+        self.threads = max(1, at_most_cores(settings.workers))
+        self._augmenters = ThreadPoolExecutor(self.threads, thread_name_prefix="image-augmenter")
 
     def stream(self, requests: Iterable[MicroBatch]) -> Iterator[Loaded]:
         source: Iterable[tuple[MicroBatch, bool]] = ((request, False) for request in requests)
@@ -152,7 +154,7 @@ class DaliBackend:
             hints |= {"device_memory_padding": _DEVICE_PADDING, "host_memory_padding": _HOST_PADDING}
         pipe = Pipeline(
             batch_size,
-            num_threads=max(1, settings.workers),
+            num_threads=self.threads,
             device_id=(settings.device.index or 0) if gpu else None,
             prefetch_queue_depth=QUEUE,
         )
@@ -195,7 +197,7 @@ class DaliBackend:
             window = torch.from_dlpack(window)
             picture.copy_(window if draw is None else self.settings.transform.finish(window, draw, size))
         if self.settings.transform.policies:
-            n = max(1, self.settings.workers)  # shares: a task for each picture costs more in switches
+            n = self.threads  # shares: a task for each picture costs more in switches
             shares = ([values[i::n] for i in range(n)] for values in (pictures, draws))
             list(self._augmenters.map(self._augment, *shares))
         if self.settings.device.type == "cuda":

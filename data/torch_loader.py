@@ -5,7 +5,6 @@ Shapes: b images a batch, S pixels a side.
 
 import gc
 import logging
-import os
 import signal
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -19,6 +18,7 @@ from data.decode import BadImageError
 from data.loader import Loaded, Settings, arrange
 from data.sampling import MicroBatch
 from data.transforms import cut
+from involution.cores import cores
 
 log = logging.getLogger("involution.data")
 PREFETCH = 4  # batches a worker keeps ready
@@ -74,10 +74,9 @@ def _outlive_signals(_: int) -> None:
 @cache
 def at_most_cores(workers: int) -> int:
     """`workers`, but no more than this process has cores, which it says once: more would only take turns."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if workers > cores:
-        log.info("data.workers=%d: %d, as many as there are cores", workers, cores)
-    return min(workers, cores)
+    if workers > cores():
+        log.info("data.workers=%d: %d, as many as there are cores", workers, cores())
+    return min(workers, cores())
 
 
 class TorchBackend:

@@ -2,15 +2,15 @@
 
     python scripts/check_kernels.py                                       RedNet-50, bf16, sm_80 to sm_120
     python scripts/check_kernels.py --models rednet50 ablation --arch 86 90 --dtype bf16 fp32
+    python scripts/check_kernels.py --layers 512x7x7 --only span_forward          one kernel
     python scripts/check_kernels.py --models dense --size 800 1280 --batch 2      detectors and segmentors
 
 A line a kernel: tile (runs x groups x warps; of BatchNorm rows x channels x warps), registers, spilled bytes, shared
-memory of what a program may have,
-programs at once on a multiprocessor, tensor-core instructions, widest load in bits, seconds to compile, and the least
-time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200 (100), RTX 5090 (120). Exit
-status 1 if one does not compile, needs more shared memory than there is, or spills (fp32: over 512 bytes). At the end,
-for a RedNet in bf16 on sm_80 or sm_90, the training step that follows beside the ResNet's
-(scripts/kernels/prediction.py).
+memory of what a program may have, programs at once on a multiprocessor, tensor-core instructions, widest load in bits,
+seconds to compile, and the least time that its instructions take on an A100 (80), A10 (86), L40S (89), H100 (90), B200
+(100), RTX 5090 (120). Exit status 1 if one does not compile, needs more shared memory than there is, or spills (fp32:
+over 512 bytes). At the end, for whole RedNets in bf16 on sm_80 or sm_90, the training step that follows beside the
+ResNet's (scripts/kernels/prediction.py).
 """
 
 import argparse
@@ -47,6 +47,8 @@ class Outcome(NamedTuple):
 def main() -> int:
     args = parse()
     cases = list(plan(args))
+    if not cases:
+        sys.exit("no kernel is of such a layer and name")
     print(f"{len(cases)} kernels", flush=True)
     outcomes: dict[Case, Outcome] = {}
     with ProcessPoolExecutor(args.jobs) as pool:
@@ -55,9 +57,9 @@ def main() -> int:
             print(f"{case[0]:17} {case[1]!s:36} {case[2]} sm_{case[3]:<3} {outcome.text}", flush=True)
     fit = sum(outcome.fine for outcome in outcomes.values())
     print(f"{fit} of {len(cases)} fit; {sum(outcome.seconds for outcome in outcomes.values()):.0f} s of compilation")
-    for arch in CARDS.keys() & set(args.arch):
+    for arch in CARDS.keys() & set(() if args.only or args.layers else args.arch):
         floors = {(c[0], c[1]): o.floor_us for c, o in outcomes.items() if c[2:4] == ("bf16", arch) and c[5] is None}
-        for name in (name for name in args.models if name.startswith("rednet") and floors and not args.only):
+        for name in (name for name in args.models if name.startswith("rednet") and floors):
             print(step(name, arch, args, floors))
     return 0 if fit == len(cases) else 1
 
@@ -85,7 +87,8 @@ def plan(args: argparse.Namespace) -> Iterator[Case]:
     layers: dict[Layer | Norm, None] = {}
     for _, model in networks(args.models):
         layers |= dict.fromkeys([*layers_of(model, *args.size), *norms_of(model, *args.size)])
-    for layer, dtype, arch in product(layers, args.dtype, args.arch):
+    chosen = [layer for layer in layers if not args.layers or str(layer).startswith(tuple(args.layers))]
+    for layer, dtype, arch in product(chosen, args.dtype, args.arch):
         for fused in {"as-run": (None,), "both": (True, False)}[args.kernels]:
             if isinstance(layer, Norm):
                 if fused or dtype == "fp64":  # it has one form, and leaves float64 to torch
@@ -137,6 +140,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--kernels", choices=("as-run", "both"), default="as-run", help="both: fused and plain")
     parser.add_argument("--only", nargs="+", help="names of kernels, e.g. span_forward")
+    parser.add_argument("--layers", nargs="+", help="those whose size begins so, e.g. 512x7x7")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     return parser.parse_args()
 

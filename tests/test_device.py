@@ -46,7 +46,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
     assert device.choose_device("cpu", 1, 2) == torch.device("cpu")
 
 
-def test_a_machine_without_a_gpu_trains_on_the_cpu(
+def test_a_machine_without_a_gpu_trains_on_the_cpu_unless_slurm_gave_it_some(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(device, "DRIVER", ())
@@ -55,6 +55,9 @@ def test_a_machine_without_a_gpu_trains_on_the_cpu(
     assert not caplog.text
     with pytest.raises(UserError, match="sees none"):
         device.choose_device("cuda", 0, 1)
+    monkeypatch.setenv("SLURM_STEP_GPUS", "0,1")
+    with pytest.raises(UserError, match="a container without --nv"):
+        device.choose_device("auto", 1, 2)
 
 
 def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +69,35 @@ def test_a_task_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert device.choose_device("auto", 3, 4) == torch.device("cuda", 0)
     gpus(4, monkeypatch)
     assert device.choose_device("auto", 3, 4) == torch.device("cuda", 3)
+
+
+CORES = """
+import os
+if not os.environ["OMP_NUM_THREADS"]:
+    del os.environ["OMP_NUM_THREADS"]
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["BOUND"])])
+import torch
+from data.torch_loader import at_most_cores
+from involution.engine.distributed import init_world
+init_world("cpu")
+print(torch.get_num_threads(), at_most_cores(999))
+"""
+
+
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="there is one core")
+@pytest.mark.parametrize(
+    ("variables", "threads", "workers"),
+    [
+        ({}, "2", "2"),
+        ({"BOUND": "1"}, "1", "1"),  # as srun binds a task to its cores
+        ({"SLURM_CPUS_PER_TASK": "1"}, "1", "1"),  # where it binds none
+        ({"SLURM_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "2"}, "2", "1"),
+    ],
+)
+def test_threads_and_workers_are_as_many_as_the_task_has_cores(
+    variables: dict[str, str], threads: str, workers: str
+) -> None:
+    assert python("-c", CORES, **{"BOUND": "2", "OMP_NUM_THREADS": ""} | variables).stdout.split() == [threads, workers]
 
 
 FAULTS = """

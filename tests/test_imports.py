@@ -7,14 +7,15 @@ from programs import ROOT
 
 # each may import itself and what stands before it
 ORDER = [
-    "involution.checks", "involution.pictures", "involution.cache", "involution.ops", "involution.unwatched",
-    "involution.attention", "involution.kernel_generation", "involution.layers", "involution.sequence",
-    "involution.calls", "involution.complexity", "involution.weights", "involution.conversion", "involution.models",
-    "involution.folding", "involution.visualize", "involution.dense", "involution.loading", "involution.export",
-    "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train", "eval",
+    "involution.checks", "involution.pictures", "involution.cache", "involution.cores", "involution.ops",
+    "involution.unwatched", "involution.attention", "involution.kernel_generation", "involution.layers",
+    "involution.sequence", "involution.calls", "involution.complexity", "involution.weights", "involution.conversion",
+    "involution.models", "involution.folding", "involution.visualize", "involution.dense", "involution.loading",
+    "involution.export", "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train",
+    "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
-LEAVES = ("involution.cache", "involution.checks", "involution.pictures")  # what `data` may take of involution
+LEAVES = ("involution.cache", "involution.checks", "involution.cores", "involution.pictures")  # `data` may take these
 CONFIGURATION = ("hydra", "omegaconf", "torch.distributed", "involution.engine")
 LOOP = [f"involution.engine.{name}" for name in ("trainer", "learner", "evaluate", "meter", "guard")]
 

@@ -85,7 +85,7 @@ def one_node() -> Iterator[dict[str, str]]:
     try:
         with slurm.running() as environment:
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # train.sbatch says `python`
-            yield environment | {"PATH": path, "OMP_NUM_THREADS": "1"}
+            yield environment | {"PATH": path}
     except slurm.NotStarted as error:
         pytest.skip(str(error))
 
@@ -116,12 +116,15 @@ def test_slurm_jobs_are_preempted_requeued_and_found_again(local, cluster, tmp_p
     ask(cluster, "scontrol", "requeue", f"{array}_1")  # what SLURM does to a job that a more important one displaces
     kill(first)  # the jobs stay in the queue
     said = check(sweep(tmp_path, "slurm", *for_slurm, **cluster), tmp_path)
+    (script,) = (tmp_path / "grid" / ".submitit").rglob("*_submission.sh")
+    assert " --cpus-per-task=1 " in script.read_text()
     assert said.count(f"SLURM job {array}_") + said.count("finished before: ") == 4
     assert [continued(folder) for folder in jobs(tmp_path)] == [1, 1, 0, 0]
     assert [outcome(folder) for folder in jobs(tmp_path)] == [outcome(folder) for folder in jobs(local)]
 
 
-def test_the_batch_script_comes_back_after_preemption_and_time_out(local, cluster, tmp_path):
+def test_the_batch_script_comes_back_after_preemption_and_time_out(local, cluster, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     run, log = tmp_path / "run", tmp_path / "job.out"
     job = ask(
         cluster, "sbatch", "--parsable", "--gpus-per-node=0", "--ntasks-per-node=2", "--cpus-per-task=1",
@@ -141,4 +144,15 @@ def test_the_batch_script_comes_back_after_preemption_and_time_out(local, cluste
     said = log.read_text() if log.exists() else "the job wrote nothing"
     assert finished(run), said
     assert continued(run) == 2, said
+    described = json.loads((run / "environment.json").read_text())
+    assert described["device"] == "cpu, 1 threads", "of the machine's, for this SLURM binds tasks to no core"
     assert outcome(run) == outcome(jobs(local)[3])
+
+
+def test_the_batch_script_hands_its_cores_to_the_ranks(tmp_path):
+    """A SLURM of one node that binds no tasks would not tell: what srun is asked for."""
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    node = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "3", "SLURM_JOB_ID": "1"}
+    done = finish(start(["bash", "scripts/train.sbatch", "seed=1"], **node))
+    assert (done.status, done.stdout) == (0, "--kill-on-bad-exit=1 --cpus-per-task=3 python train.py seed=1\n")

@@ -1,14 +1,18 @@
 """The Triton backend without a GPU: results (interpreter), arguments (launcher), resources (compiler)."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
+import fake_driver
 import pytest
 import torch
+from forked import Forked
+from programs import python
 
 from involution import create_model
 from scripts import check_kernels
@@ -53,6 +57,23 @@ def test_compiles_for_gpus_that_are_not_here(case: tuple[str, Layer | Norm, str,
         assert " 0 mma" not in text, text  # not on the ordinary cores
     if name != "grad_kernel":
         assert "loads to 128 bits" in text or "loads to  64 bits" in text, text
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
+@pytest.mark.parametrize(
+    ("dtype", "layer", "status", "says"),
+    [
+        ("fp32", "32x112x112", 0, ["fp32 sm_86  32x2x4 ", "\n1 of 1 fit; "]),
+        ("fp64", "512x7x7", 1, ["fp64 sm_86 ", "TOO MUCH SHARED MEMORY\n0 of 1 fit; "]),
+        ("fp32", "512x8x8", 1, ["no kernel is of such a layer"]),
+    ],
+)
+def test_the_exit_status_says_whether_all_kernels_fit(dtype: str, layer: str, status: int, says: list[str]) -> None:
+    """Nobody trains in float64, whose kernels of RedNet-50 are too large for an A10."""
+    only = ["--only", "span_forward", "--arch", "86", "--jobs", "1"]
+    done = python("scripts/check_kernels.py", "--dtype", dtype, "--layers", layer, *only)
+    assert done.status == status, done.stderr
+    assert all(text in done.stdout + done.stderr for text in says), done.stdout + done.stderr
 
 
 def test_the_layers_of_a_model_are_found_with_their_sizes() -> None:
@@ -116,37 +137,49 @@ def test_says_why_it_cannot_run_on_a_cpu() -> None:
     assert "CUDA" in reason
 
 
-class NoCompiler:
-    """Triton's driver where there is no C compiler."""
+@pytest.fixture
+def asked(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs triton_asked.py where Triton has a driver, and nothing in its cache; returns the lines of its output."""
+    if shutil.which("gcc") is None:
+        pytest.skip("there is no C compiler")
+    fake_driver.build(tmp_path)
+    machine = {"TRITON_LIBCUDA_PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    machine |= {"TRITON_INTERPRET": "0", "LOCAL_RANK": "0"}
 
-    @property
-    def active(self) -> None:
-        raise FileNotFoundError("gcc")
+    def run(take_away: str = "", **environment: str) -> list[str]:
+        program = Forked(tmp_path / "log", "tests/triton_asked.py", take_away, **machine | environment)
+        status, said = program.finish(), (tmp_path / "log").read_text()
+        assert status == 0, said
+        return said.splitlines()
+
+    return run
 
 
-WORKING = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+def test_a_gpu_with_all_that_triton_takes_gets_it(asked: Callable[..., list[str]]) -> None:
+    assert asked() == ["triton_backend"]
 
 
 @pytest.mark.parametrize(
-    ("hip", "capability", "driver", "why"),
+    ("take_away", "reason"),
     [
-        ("6.4", (9, 4), WORKING, "never compiled for AMD's"),
-        (None, (7, 5), WORKING, "older than compute capability 8.0"),
-        (None, (9, 0), NoCompiler(), "a C compiler and Python's headers (gcc)"),
-        (None, (9, 0), WORKING, None),
+        ("os.environ['PATH'] = ''", r"\(Failed to find C compiler.* C compiler \(gcc, or the one CC names\), Python's"),
+        ("os.environ['CC'] = 'false'", r"Triton cannot start \(false failed\); it takes .* C compiler"),
+        ("sys.modules['triton'] = None", "it cannot be imported .*; a new installation of torch brings the Triton"),
+        ("import triton; del triton.knobs", "cannot be imported .*'knobs'.*; a new installation of torch brings"),
+        ("torch.cuda.get_device_capability = lambda _: (7, 5)", "the GPU is older than compute capability 8.0"),
+        ("torch.version.hip = '6.4'", "never compiled for AMD's"),
     ],
 )
-def test_says_why_it_cannot_run_on_a_gpu(
-    hip: str | None, capability: tuple[int, int], driver: object, why: str | None, monkeypatch: pytest.MonkeyPatch
+def test_a_gpu_without_says_so_once_and_computes_the_same(
+    asked: Callable[..., list[str]], take_away: str, reason: str
 ) -> None:
-    from involution.ops import triton_backend
+    said, chosen = asked(take_away)
+    assert re.match(f"backend shifted: several times slower, for triton cannot run: .*{reason}", said)
+    assert chosen == "shifted"
 
-    monkeypatch.setattr(torch.version, "hip", hip)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(triton.runtime, "driver", driver)
-    reason = triton_backend._cannot_launch.__wrapped__(torch.device("cuda"))
-    assert reason is None if why is None else why in reason
+
+def test_of_a_machines_ranks_the_first_says_so(asked: Callable[..., list[str]]) -> None:
+    assert asked("os.environ['CC'] = 'false'", LOCAL_RANK="1") == ["shifted"]
 
 
 def test_a_predicted_step_follows_from_the_kernels() -> None:

@@ -10,12 +10,12 @@ import contextlib
 import ctypes
 import math
 import os
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fake_driver
 import pytest
 import torch
 import triton
@@ -23,21 +23,7 @@ from triton.backends.nvidia import driver as nvidia
 
 FOLDER = tempfile.TemporaryDirectory()
 triton.knobs.cache.dir = FOLDER.name  # what is built here is of no use to anyone else
-LIBRARY = Path(FOLDER.name) / "libcuda.so.1"
-subprocess.run(
-    [
-        "gcc",
-        "-O1",
-        "-shared",
-        "-fPIC",
-        "-Wl,-soname,libcuda.so.1",
-        "-o",
-        LIBRARY,
-        Path(__file__).parent / "fake_cuda.c",
-    ],
-    check=True,
-)
-fake = ctypes.CDLL(str(LIBRARY))  # under the name that Triton's launcher looks for
+fake = ctypes.CDLL(str(fake_driver.build(Path(FOLDER.name))))  # under the name that Triton's launcher looks for
 triton.knobs.nvidia.libcuda_path = FOLDER.name
 
 

@@ -47,6 +47,8 @@ def choose_device(device: str, local_rank: int, ranks: int) -> torch.device:
 def _unusable_gpu() -> str:
     """Why torch cannot use the NVIDIA GPU that this machine has; empty where there is none."""
     if not any(Path(place).exists() for place in DRIVER):
+        if any(os.environ.get(f"SLURM_{scope}_GPUS") for scope in ("JOB", "STEP")):
+            return "SLURM has given this job GPUs, but there is no NVIDIA driver (a container without --nv?)"
         return ""
     try:
         with warnings.catch_warnings():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from involution.cores import cores
 from involution.engine.device import choose_device, keep_freed_memory
 from involution.engine.errors import UserError
 from involution.engine.peers import Peers
@@ -34,7 +35,7 @@ class World:
 
 
 def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
-    """Join the other ranks, if there are any, and choose this one's device.
+    """Join the other ranks, if there are any, and choose this one's device; torch's threads are no more than its cores.
 
     Args:
         device: auto (a GPU where there is one) | cpu | cuda.
@@ -45,6 +46,8 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     """
     _adopt_submitit()
     _adopt_slurm()
+    if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
+        torch.set_num_threads(cores())
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     chosen = choose_device(device, local_rank, size)
     if chosen.type == "cuda":

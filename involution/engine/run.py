@@ -187,7 +187,8 @@ class _LogFile(logging.FileHandler):
 
 
 def log_to(path: Path | None, is_main: bool) -> None:
-    """Send the program's messages to standard error and, with details, to a file; other ranks than 0 only warn."""
+    """Send the program's messages to standard error and, with details, to a file; other ranks than 0 only warn, and of
+    what a machine's compiler and driver lack only the first rank there."""
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -200,3 +201,5 @@ def log_to(path: Path | None, is_main: bool) -> None:
     log.handlers[:] = handlers
     log.setLevel(logging.DEBUG)
     log.propagate = False
+    alone = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    logging.getLogger("involution.ops").setLevel(logging.NOTSET if alone else logging.ERROR)

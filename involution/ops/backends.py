@@ -23,6 +23,16 @@ def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__package__}.{_MODULES[name]}")
 
 
+@functools.cache  # every call asks, and a broken Triton takes long to fail
+def _import_error(name: str) -> str | None:
+    """Why a backend cannot be imported, or None."""
+    try:
+        _load(name)
+    except Exception as error:  # a Triton that is broken, or of another time than torch, raises anything
+        return f"it cannot be imported ({error}); a new installation of torch brings the Triton that belongs to it"
+    return None
+
+
 def _report(name: str, reason: str, level: int = logging.DEBUG) -> None:
     if (name, reason) not in _reported:
         _reported.add((name, reason))
@@ -39,16 +49,14 @@ def choose(input: Tensor, kernel: Tensor) -> ModuleType:
     if forced and forced not in _MODULES:
         raise ValueError(f"INVOLUTION_BACKEND is {forced!r}; it should be one of {', '.join(_MODULES)}")
     name = forced or _PREFERRED.get(input.device.type, "shifted")
-    try:
-        backend = _load(name)
-        reason = backend.unsupported(input, kernel)
-    except ImportError as error:
-        backend, reason = None, f"it cannot be imported ({error})"
-    if backend is not None and reason is None:
+    reason = _import_error(name) or _load(name).unsupported(input, kernel)
+    if reason is None:
         _report(name, "forced by INVOLUTION_BACKEND" if forced else "the fast one")
-        return backend
+        return _load(name)
     if forced:
         raise ValueError(f"INVOLUTION_BACKEND={forced} cannot run here: {reason}; unset it to choose automatically")
-    slow = input.device.type == "cuda"  # where it takes several times as long, and a user should know
-    _report("shifted", f"{name} cannot run: {reason}", logging.WARNING if slow else logging.DEBUG)
+    if input.device.type == "cuda":  # where it takes several times as long, and a user should know
+        _report("shifted", f"several times slower, for {name} cannot run: {reason}", logging.WARNING)
+    else:
+        _report("shifted", f"{name} cannot run: {reason}")
     return _load("shifted")

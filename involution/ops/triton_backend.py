@@ -4,6 +4,7 @@ Shapes as in functional.py.
 """
 
 import functools
+import subprocess
 from typing import Any
 
 import torch
@@ -47,11 +48,16 @@ def _cannot_launch(device: torch.device) -> str | None:
         with torch.cuda.device(device):
             triton.runtime.driver.active.get_current_target()
     except Exception as error:  # subprocess, OSError, RuntimeError: as the compiler or the driver fails
-        return f"Triton cannot build its launcher, which takes a C compiler and Python's headers ({_brief(error)})"
+        return (
+            f"Triton cannot start ({_brief(error)}); it takes the driver's libcuda, a C compiler (gcc, or the one CC "
+            "names), Python's headers (Debian's python3-dev) and a folder for its cache (TRITON_CACHE_DIR)"
+        )
     return None
 
 
 def _brief(error: Exception) -> str:
+    if isinstance(error, subprocess.CalledProcessError):  # its text is the command, its reason on standard error
+        return f"{error.cmd[0]} failed"
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
