@@ -10,8 +10,9 @@ ORDER = [
     "involution.checks", "involution.pictures", "involution.cache", "involution.ops", "involution.unwatched",
     "involution.attention", "involution.kernel_generation", "involution.layers", "involution.sequence",
     "involution.calls", "involution.complexity", "involution.folding", "involution.weights", "involution.conversion",
-    "involution.models", "involution.visualize", "involution.dense", "involution.loading", "involution.export",
-    "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train", "eval",
+    "involution.models", "involution.visualize", "involution.dense", "involution.loading", "involution.model_card",
+    "involution.packages", "involution.export", "involution", "data", "involution.engine", "hydra_plugins", "scripts",
+    "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
 LEAVES = ("involution.cache", "involution.checks", "involution.pictures")  # what `data` may take of involution
