@@ -9,6 +9,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <set>
 #include <sstream>
 
 static at::Tensor numbers(const std::string& text) {  // "0.1 0.2 0.3" -> (3, 1, 1)
@@ -17,9 +18,24 @@ static at::Tensor numbers(const std::string& text) {  // "0.1 0.2 0.3" -> (3, 1,
     return at::tensor(found).view({-1, 1, 1});
 }
 
+static std::set<std::string> words(std::istream&& text) {  // compilers say amx-tile and Linux amx_tile
+    std::set<std::string> found;
+    for (std::string word; text >> word; found.insert(word)) {
+        std::erase(word, '_');
+        std::erase(word, '-');
+    }
+    return found;
+}
+
 int main(int, char** argv) try {
-    torch::inductor::AOTIModelPackageLoader package(argv[1]);  // ends with 2 and a message on another processor
-    auto about = package.get_metadata();
+    using Loader = torch::inductor::AOTIModelPackageLoader;
+    auto about = Loader::load_metadata_from_package(argv[1], "model");
+    const auto processor = words(std::ifstream("/proc/cpuinfo"));  // empty elsewhere than on Linux
+    for (const auto& name : words(std::istringstream(about["instructions"])))
+        if (!processor.empty() && !processor.count(name))
+            throw std::runtime_error("the package was compiled for a processor with " + name +
+                                     ", which this one lacks; export it on a machine like this one");
+    Loader package(argv[1]);
     std::ifstream file(argv[2], std::ios::binary);
     std::string kind;
     int64_t width = 0, height = 0, largest = 0;

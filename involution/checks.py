@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, NoReturn
 
 
@@ -29,6 +30,21 @@ def check_share(**values: float) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < 1:
             raise ValueError(f"{name} is {value!r}; it should be a number from 0 to below 1")
+
+
+def writable(path: str | Path, suffix: str) -> Path:
+    """``path``, where a file that ends so can be written; ValueError says why it cannot."""
+    path = Path(path)
+    if path.suffix != suffix:
+        raise ValueError(f"path is {path}; it should end with {suffix}")
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); name another file") from error
+    if not there:
+        path.unlink()
+    return path
 
 
 def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:

@@ -133,9 +133,11 @@ def run_on_meta(model: nn.Module, input_size: tuple[int, int, int]) -> object:
     modes = {module: module.training for module in model.modules()}
     runs = _Fixed(model) if hasattr(model, "forward_fixed") else model
     meta = {k: v.detach().to("meta") for k, v in [*runs.named_parameters(), *runs.named_buffers()]}
+    dtype = next((tensor.dtype for tensor in meta.values() if tensor.is_floating_point()), None)
+    image = torch.empty(1, *input_size, device="meta", dtype=dtype)
     try:
         with torch.no_grad():
-            return torch.func.functional_call(runs.eval(), meta, torch.empty(1, *input_size, device="meta"))
+            return torch.func.functional_call(runs.eval(), meta, image)
     finally:
         for module, training in modes.items():
             module.training = training

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from involution.checks import printable
-from involution.complexity import count
+from involution.checks import check_positive, printable, writable
 from involution.folding import fold, fold_layers, fold_parts
 from involution.loading import IMAGENET, input_channels
+from involution.model_card import model_card
 from involution.models import DENSE, StagedNetwork, without_weights
 from involution.models.axial import AxialResNet
 from involution.models.san import SAN
@@ -52,6 +52,8 @@ def export_program(model: nn.Module, size: int | None = None) -> ExportedProgram
         )
     if size is None and isinstance(model, (SAN, StandAloneResNet, AxialResNet)):
         raise ValueError(f"{type(model).__name__} {ONE_SIZE}")
+    if size is not None:
+        check_positive(size=size)
     training = model.training
     first = next(model.parameters())
     # Sizes that stay odd at every halving: where rounding up makes no difference to the example, Inductor (2.15) drops
@@ -93,8 +95,13 @@ def export_torch(
 ) -> None:
     """Write a program for ``torch.export.load``; nothing of this project is needed to run it.
 
-    Names and preparation are in its ``extra_files``, under the keys of ``IMAGENET`` and "class_names".
+    It takes images of the model's type. Names and preparation are in its ``extra_files``, under the keys of
+    ``IMAGENET`` and "class_names".
+
+    Raises:
+        ValueError: as ``export_program``, or the path does not end with .pt2 or cannot be written.
     """
+    path = writable(path, ".pt2")
     torch.export.save(export_program(model, size), path, extra_files=_told(class_names, preparation))
 
 
@@ -105,30 +112,37 @@ def export_aoti(
     class_names: Sequence[str] = (),
     preparation: Mapping[str, Any] = IMAGENET,
 ) -> None:
-    """Compile the folded model for its device into a ``.pt2`` package for ``torch._inductor.aoti_load_package`` or C++.
+    """Compile the folded model for its device into a ``.pt2`` package for ``packages.load`` or C++.
 
-    On a CPU, in float32, our operators are C++ kernels in the package, which any processor with this one's instructions
-    runs; where they cannot be compiled they are standard operators, with a warning, as they are on a GPU. Names and
-    preparation become metadata, for programs like ``docs/classify.cpp``.
+    On a CPU, in float32, our operators are C++ kernels in the package; where they cannot be compiled they are standard
+    operators, with a warning, as they are in other types and on a GPU. Any processor with the instructions runs it that
+    its metadata name: this one's, or with ATEN_CPU_CAPABILITY=avx2 in the environment those of AVX2. Names of classes
+    and preparation are metadata too, for programs like ``docs/classify.cpp``. It takes images of the model's type.
 
     Raises:
-        ValueError: the path does not end with .pt2, or there is no C++ compiler, which inductor needs.
+        ValueError: as ``export_program``, or the path does not end with .pt2 or cannot be written, or there is no C++
+            compiler, which inductor needs.
     """
-    if Path(path).suffix != ".pt2":
-        raise ValueError(f"path is {path}; a package should be called *.pt2")
-    on_cpu = next(model.parameters()).device.type == "cpu"
+    path = writable(path, ".pt2")
+    first = next(model.parameters())
+    on_cpu = first.device.type == "cpu"
     if on_cpu and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise ValueError(
             "a package needs a C++ compiler (g++, or the one CXX names); --format torch or onnx needs none"
         )
-    notes = _told(class_names, preparation)
-    configs: dict[str, Any] = {"freezing": on_cpu, "cpp.dynamic_threads": True, "aot_inductor.metadata": notes}
+    notes = _told(class_names, preparation) | {"instructions": " ".join(packaged.instructions())}
+    configs: dict[str, Any] = {
+        "freezing": on_cpu and first.dtype != torch.float64,  # for which oneDNN, that packs weights, has no kernels
+        "cpp.dynamic_threads": True,
+        "cpp.march": "",  # any processor with those instructions, not only this one
+        "aot_inductor.metadata": notes,
+    }
     with torch.no_grad(), contextlib.ExitStack() as stack:
         folding = fold_layers
         if on_cpu:
             try:
                 configs |= stack.enter_context(packaged.kept())
-                folding = fold
+                folding = fold if first.dtype == torch.float32 else fold_layers
             except BuildError as error:
                 warnings.warn(f"the package will be slower, of standard operators: {error}", stacklevel=2)
         program = export_program(_folded(model, folding), size)
@@ -149,15 +163,22 @@ def export_onnx(
 ) -> None:
     """Write an ONNX file: input "images" (batch, C, height, width), output "logits" (batch, classes).
 
-    Names and preparation are in its metadata, under the keys of ``IMAGENET`` and "class_names".
+    Images and logits are of the model's type. Names and preparation are in its metadata, under the keys of ``IMAGENET``
+    and "class_names".
 
     Raises:
-        ValueError: the packages of the ``export`` extra are not installed.
+        ValueError: as ``export_program``, or the path does not end with .onnx or cannot be written, the model is of a
+            type that runtimes lack, or the packages of the ``export`` extra are not installed.
     """
+    path = writable(path, ".onnx")
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float16):
+        raise ValueError(f"onnxruntime has no convolutions in the model's {dtype}; export model.float()")
     try:
+        import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError("ONNX needs onnxscript: pip install onnx onnxscript onnxruntime") from error
+        raise ValueError(f"ONNX needs {error.name}: pip install onnx onnxscript onnxruntime") from error
     options: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}
     with torch.no_grad(), banded.wanted():
         program = export_program(_folded(model), size)
@@ -188,7 +209,8 @@ def save_safetensors(
         arguments: of ``create_model`` for it; None: read off the tensors' shapes, which tell nothing of timm's models.
 
     Raises:
-        ValueError: safetensors is not installed, the names are not as many as the classes, or it is no classifier.
+        ValueError: safetensors is not installed, the names are not as many as the classes, it is no classifier, or the
+            folder is a file.
     """
     if arguments is not None and arguments["name"] in DENSE:
         raise ValueError(
@@ -203,52 +225,17 @@ def save_safetensors(
     if class_names and len(class_names) != options["num_classes"]:
         raise ValueError(f"class_names has {len(class_names)} names; the model has {options['num_classes']} classes")
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder is {folder}, which is a file; the weights and their card go into a folder")
     folder.mkdir(parents=True, exist_ok=True)
     preparation = {key: preparation[key] for key in IMAGENET}
     made_by = None if arguments is None else {"name": name} | options
     notes = files.metadata(made_by, list(class_names), preparation)
     save_file(state, folder / "model.safetensors", metadata=notes | {"model": name})
-    card = _model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
+    card = model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def _named(arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     options = without_weights(arguments)
     return options.pop("name"), options
-
-
-def _model_card(
-    model: nn.Module,
-    name: str,
-    options: dict[str, Any],
-    class_names: Sequence[str],
-    note: str,
-    preparation: Mapping[str, Any],
-) -> str:
-    side, resize, mean, std = preparation.values()
-    tags = "timm" if "library" in options else "involution, rednet"
-    licence = "" if "library" in options else "\nlicense: mit"
-    measured = count(model, (options.get("in_chans", 3), side, side))
-    arguments = "".join(f", {key}={value!r}" for key, value in options.items())
-    classes = "".join(f"{i}. {class_name}\n" for i, class_name in enumerate(class_names))
-    listing = f"\nClasses, counted from 0:\n\n{classes}" if class_names else ""
-    return f"""---{licence}
-library_name: involution
-pipeline_tag: image-classification
-tags: [image-classification, {tags}]
----
-# {name}
-
-{note or "No training data, recipe or accuracy was given for these weights."}
-
-- Parameters {measured.params / 1e6:.3f} M, FLOPs {measured.flops / 1e9:.2f} G at {side} pixels, counted as in the paper
-- Images: RGB, short side to {resize}, centre crop {side}, scaled to 0..1, normalised with mean {tuple(mean)} and
-  deviation {tuple(std)}
-- Made with: Involution: Inverting the Inherence of Convolution for Visual Recognition, https://arxiv.org/abs/2103.06255
-
-```python
-import involution
-model = involution.create_model({name!r}{arguments}, pretrained="model.safetensors").eval()
-model, transform, class_names = involution.load("model.safetensors")  # the same, ready to use
-```
-{listing}"""

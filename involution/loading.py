@@ -66,9 +66,9 @@ class Classifier(_Parts):
         """
         if not self.class_names:
             raise ValueError("these weights have no classifier, so there is nothing to predict")
-        device = next(self.model.parameters()).device
+        first = next(self.model.parameters())
         with ThreadPoolExecutor() as pool:
-            pixels = torch.stack([*pool.map(self.transform, pictures)]).to(device)
+            pixels = torch.stack([*pool.map(self.transform, pictures)]).to(first.device, first.dtype)
         channels = input_channels(self.model)
         if pixels.shape[1] != channels:
             raise ValueError(

@@ -5,7 +5,8 @@
 onnx         OUT.onnx, for any runtime; images of any batch, and of any size where there is no --size
 torch        OUT.pt2, for torch.export.load: no code of this project needed
 aoti         OUT.pt2, compiled for CPUs like this one (with --device cuda: this GPU), for C++ (docs/classify.cpp) or
-             aoti_load_package; it takes a C++ compiler and about a minute
+             involution.packages.load; it takes a C++ compiler and about a minute. ATEN_CPU_CAPABILITY=avx2 in the
+             environment: for any CPU with AVX2
 safetensors  a folder OUT with model.safetensors and a model card
 CHECKPOINT: a path or URL: a run's folder, a file of train.py, released, .safetensors.
 """
@@ -34,12 +35,14 @@ def main() -> int:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument("--format", choices=(*WRITERS, "safetensors"), required=True)
-    parser.add_argument("--device", default="cpu", help="of an aoti package")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of an aoti package")
     parser.add_argument("--size", type=int, metavar="PIXELS", help="a side of the images: for networks that need it")
     arguments = parser.parse_args()
     try:
         if not arguments.out.absolute().parent.is_dir():
             raise ValueError(f"there is no folder {arguments.out.parent} to write to")
+        if arguments.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("--device cuda needs the GPU that the package is for, and torch sees none here")
         model, class_names, data, made_by = open_checkpoint(arguments.checkpoint)
         model.to(torch.device(arguments.device)).eval()
         if arguments.format == "safetensors":
@@ -48,7 +51,7 @@ def main() -> int:
         else:
             preparation = data if made_by["name"] in DENSE else export.IMAGENET | data  # segmentors take any size
             WRITERS[arguments.format](model, arguments.out, arguments.size, class_names or (), preparation)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     print(f"{arguments.checkpoint} -> {arguments.out} ({arguments.format})")

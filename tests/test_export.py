@@ -91,6 +91,57 @@ def test_onnx(model, tmp_path):
             torch.testing.assert_close(torch.from_numpy(logits), model(images), rtol=1e-4, atol=1e-4)
 
 
+def small(dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), involution.Involution2d(16, 3)]
+    return fitted(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-9)])
+def test_torch_programs_of_other_types(dtype, tolerance, tmp_path):
+    model, images = small(dtype), torch.randn(SIZES[1]).to(dtype)
+    export.export_torch(model, tmp_path / "model.pt2")
+    found = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(found, model(images), rtol=tolerance, atol=tolerance)
+
+
+def test_onnx_of_other_types(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the export extra")
+    pytest.importorskip("onnxscript", reason="needs the export extra")
+    model, images = small(torch.float16), torch.randn(SIZES[1]).half()
+    export.export_onnx(model, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    found = torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    torch.testing.assert_close(found, model(images), rtol=2e-3, atol=2e-3)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=rf"no convolutions in the model's {dtype}; export model.float\(\)"):
+            export.export_onnx(small(dtype), tmp_path / "other.onnx")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_without_the_packages_for_onnx_it_names_them(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=f"ONNX needs {package}: pip install onnx onnxscript onnxruntime"):
+        export.export_onnx(small(torch.float32), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("write", "suffix"), [(export.export_onnx, ".onnx"), (export.export_torch, ".pt2"), (export.export_aoti, ".pt2")]
+)
+def test_a_file_that_cannot_be_written_is_named_before_the_work(write, suffix, tmp_path):
+    (tmp_path / f"folder{suffix}").mkdir()
+    for name, message in (
+        ("model.so", rf"path is .*model.so; it should end with \{suffix}"),
+        (f"none/model{suffix}", r"cannot be written \(No such file or directory\); name another file"),
+        (f"folder{suffix}", r"cannot be written \(Is a directory\); name another file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write(nn.Conv2d(3, 3, 1), tmp_path / name)
+    with pytest.raises(ValueError, match="size is 0; it should be an integer of at least 1"):
+        export.export_program(nn.Conv2d(3, 3, 1), 0)
+    assert [path.name for path in tmp_path.iterdir()] == [f"folder{suffix}"]
+
+
 def test_safetensors_with_a_model_card(tmp_path):
     model = involution.create_model("rednet26", num_classes=3, kernel_size=5)
     export.save_safetensors(model, tmp_path / "hub", ["cat", "dog", "newt"], "Trained on nothing.")
@@ -111,6 +162,13 @@ def test_safetensors_with_a_model_card(tmp_path):
     assert torch.equal(scope["model"].fc.weight, model.fc.weight)
     with pytest.raises(ValueError, match="class_names has 1 names; the model has 3 classes"):
         export.save_safetensors(model, tmp_path, ["cat"])
+    export.save_safetensors(model.bfloat16(), tmp_path / "cast")
+    again = load_model(tmp_path / "cast" / "model.safetensors")
+    assert all(
+        torch.equal(v.to(again.state_dict()[k].dtype), again.state_dict()[k]) for k, v in model.state_dict().items()
+    )
+    with pytest.raises(ValueError, match="which is a file; the weights and their card go into a folder"):
+        export.save_safetensors(model, tmp_path / "cast" / "README.md")
 
 
 @pytest.mark.parametrize(

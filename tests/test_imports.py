@@ -11,8 +11,8 @@ ORDER = [
     "involution.unwatched", "involution.attention", "involution.kernel_generation", "involution.layers",
     "involution.sequence", "involution.calls", "involution.complexity", "involution.weights", "involution.conversion",
     "involution.models", "involution.folding", "involution.visualize", "involution.dense", "involution.loading",
-    "involution.export", "involution", "data", "involution.engine", "hydra_plugins", "scripts", "hubconf", "train",
-    "eval",
+    "involution.model_card", "involution.packages", "involution.export", "involution", "data", "involution.engine",
+    "hydra_plugins", "scripts", "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
 LEAVES = ("involution.cache", "involution.checks", "involution.cores", "involution.pictures")  # `data` may take these

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,27 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         involution.load(tmp_path / "text.safetensors")
+    (tmp_path / "model.onnx").write_text("a graph")
+    with pytest.raises(ValueError, match=r"model.onnx cannot be read as weights: onnxruntime opens it"):
+        involution.load(tmp_path / "model.onnx")
+    with zipfile.ZipFile(tmp_path / "model.pt2", "w") as package:
+        package.writestr("model/archive_format", "pt2")
+    with pytest.raises(
+        ValueError, match=r"cannot be read as weights: torch\.export\.load .*packages\.load a compiled one"
+    ):
+        involution.load(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_gets_pictures_of_its_type(run, photos, dtype):
+    classifier, picture = involution.load(run), Image.open(photos / "a.png")
+    model = classifier.model.to(dtype)
+    pixels = classifier.transform(picture)[None].to(dtype)
+    for fold, network in ((False, model), (True, involution.fold(model))):
+        with torch.no_grad():
+            expected = network(pixels)[0].float().softmax(0).tolist()
+        found = dict(classifier.predict([picture], fold=fold)[0])
+        assert [found[name] for name in NAMES] == pytest.approx(expected, abs=1e-6)
 
 
 def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):

@@ -1,9 +1,12 @@
 """AOTInductor packages: the operator's C++ kernels inside, from Python and from docs/classify.cpp."""
 
+import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from models_common import fitted
 from PIL import Image
 from torch import nn
 
-from involution import Involution2d, export
+from involution import Involution2d, export, packages
 from involution.loading import evaluation_transform
 from involution.ops import build, packaged
 
@@ -40,9 +43,52 @@ def package(model, tmp_path_factory) -> Path:
     return path
 
 
+def plain(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), Involution2d(16, 3)]
+    return fitted(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def fallback(tmp_path_factory) -> Path:
+    """A package without our kernels, which the compiler refuses."""
+    folder = tmp_path_factory.mktemp("fallback")
+    compiler = folder / "g++"
+    refused = "*csrc/involution.cpp*|*csrc/package.cpp*) echo too old >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {refused};; esac\nexec {shutil.which("g++")} "$@"\n')
+    compiler.chmod(0o755)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CXX", str(compiler))
+        patch.setenv("INVOLUTION_CACHE", str(folder / "cache"))
+        with pytest.warns(UserWarning, match=r"slower, of standard operators: .*too old"):
+            export.export_aoti(plain(), folder / "model.pt2")
+    return folder / "model.pt2"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> str:
+    """docs/classify.cpp, compiled."""
+    folder = Path(torch.__file__).parent
+    libraries = [f"-L{folder}/lib", f"-Wl,-rpath,{folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
+    source, made = str(ROOT / "docs" / "classify.cpp"), str(tmp_path_factory.mktemp("program") / "classify")
+    subprocess.run(["g++", "-std=c++20", source, "-o", made, f"-I{folder}/include", *libraries], check=True)
+    return made
+
+
+def altered(package: Path, to: Path, **changes: str) -> Path:
+    """The package with other metadata."""
+    with zipfile.ZipFile(package) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("_metadata.json"):
+                content = json.dumps(json.loads(content) | changes).encode()
+            new.writestr(name, content)
+    return to
+
+
 @pytest.mark.slow
 def test_it_computes_what_the_model_does_with_our_kernels(model, package):
-    loaded = torch._inductor.aoti_load_package(str(package))
+    loaded = packages.load(package)
     for size in SIZES:
         images = torch.randn(size)
         with torch.no_grad():
@@ -54,11 +100,7 @@ def test_it_computes_what_the_model_does_with_our_kernels(model, package):
 
 
 @pytest.mark.slow
-def test_a_program_in_cpp_classifies_a_picture(model, package, tmp_path):
-    torch_folder = Path(torch.__file__).parent
-    libraries = [f"-L{torch_folder}/lib", f"-Wl,-rpath,{torch_folder}/lib", "-ltorch", "-ltorch_cpu", "-lc10"]
-    source, program = str(ROOT / "docs" / "classify.cpp"), str(tmp_path / "classify")
-    subprocess.run(["g++", "-std=c++20", source, "-o", program, f"-I{torch_folder}/include", *libraries], check=True)
+def test_a_program_in_cpp_classifies_a_picture(model, package, program, tmp_path):
     gradient = torch.linspace(0, 255, 90 * 70 * 3).view(70, 90, 3).byte()
     Image.fromarray(gradient.numpy()).save(tmp_path / "photo.ppm")
     done = subprocess.run([program, str(package), str(tmp_path / "photo.ppm")], capture_output=True, text=True)
@@ -69,8 +111,54 @@ def test_a_program_in_cpp_classifies_a_picture(model, package, tmp_path):
     name, _, told = done.stdout.strip().rpartition(" ")
     assert name == ["cat", "big dog", "newt"][best]
     assert float(told) == pytest.approx(share.item(), abs=0.01)  # Pillow resizes in levels of 8 bits
-    refused = subprocess.run([program, str(package), source], capture_output=True, text=True)
+    refused = subprocess.run([program, str(package), str(package)], capture_output=True, text=True)
     assert (refused.returncode, refused.stderr) == (2, "error: no P6 picture\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["package", "fallback"])
+def test_a_package_for_another_machine_is_refused_before_it_runs(made, request, program, tmp_path):
+    package = request.getfixturevalue(made)
+    needs = packages.load(package).get_metadata()["instructions"]
+    assert ("avx2" in needs) == (torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"))
+    other = altered(package, tmp_path / "other.pt2", instructions=f"{needs} avx512-new")
+    advice = "which this one lacks; export it on a machine like this one"
+    with pytest.raises(ValueError, match=f"compiled for a processor with avx512-new, {advice}"):
+        packages.load(other)
+    refused = subprocess.run([program, str(other), "photo.ppm"], capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: the package was compiled for a processor with avx512new, " + advice)
+    with pytest.raises(ValueError, match=rf"compiled for a toaster; .* like this one, {platform.machine()}"):
+        packages.load(altered(package, tmp_path / "other.pt2", AOTI_MACHINE="a toaster"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="compiled for a GPU, and torch sees none here"):
+            packages.load(altered(package, tmp_path / "other.pt2", AOTI_DEVICE_KEY="cuda"))
+
+
+@pytest.mark.slow
+def test_a_package_without_our_kernels_computes_the_same(fallback):
+    images = torch.randn(SIZES[1])
+    with torch.no_grad():
+        torch.testing.assert_close(packages.load(fallback)(images), plain()(images), rtol=1e-4, atol=1e-5)
+    assert b"aoti_torch_cpu_involution2d" not in fallback.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float64, 1e-9)])
+def test_packages_in_other_types(dtype, tolerance, tmp_path):
+    model, images = plain(dtype), torch.randn(SIZES[1]).to(dtype)
+    export.export_aoti(model, tmp_path / "model.pt2")
+    with torch.no_grad():
+        found, expected = packages.load(tmp_path / "model.pt2")(images), model(images)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_no_package_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"there is no file .*none.pt2"):
+        packages.load(tmp_path / "none.pt2")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "weights.pt2")
+    with pytest.raises(ValueError, match=r"is no compiled package; scripts/export\.py --format aoti makes one"):
+        packages.load(tmp_path / "weights.pt2")
 
 
 def lacking(folder: Path) -> str | None:
@@ -89,7 +177,7 @@ def test_a_package_says_which_instructions_a_processor_lacks(tmp_path):
         pytest.skip("only on x86-64 are there levels of instructions")
     if (name := lacking(tmp_path)) is None:
         pytest.skip("this processor has all the instructions that were tried and that g++ knows")
-    path = build.package_object(build.instruction_set(), [f"-m{name}"])
+    path = build.package_object(build.instruction_set(), [name])
     subprocess.run(["g++", "-shared", path, "-o", tmp_path / "package.so"], check=True)
     code = f"import ctypes; ctypes.CDLL({str(tmp_path / 'package.so')!r}, 1)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -101,17 +189,3 @@ def test_without_a_compiler_it_says_what_else_there_is(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler .* --format torch or onnx needs none"):
         export.export_aoti(nn.Conv2d(3, 3, 1), tmp_path / "model.pt2")
-    with pytest.raises(ValueError, match=r"should be called \*.pt2"):
-        export.export_aoti(nn.Conv2d(3, 3, 1), tmp_path / "model.so")
-
-
-def test_where_the_kernels_cannot_be_built_standard_operators_stand_in(monkeypatch, tmp_path):
-    def fail(*_: object) -> Path:
-        raise build.BuildError("no space left")
-
-    monkeypatch.setattr(build, "package_object", fail)
-    compiled = []
-    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", lambda program, **_: compiled.append(program))
-    with pytest.warns(UserWarning, match="slower, of standard operators: no space left"):
-        export.export_aoti(Involution2d(16, 3).eval(), tmp_path / "model.pt2")
-    assert not any("involution" in str(node.target) for node in compiled[0].graph.nodes)

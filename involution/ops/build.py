@@ -46,6 +46,11 @@ def instruction_set() -> str:
     return level if level in _INSTRUCTION_FLAGS else "plain"
 
 
+def instruction_flags(level: str) -> list[str]:
+    """The compiler's flags for a level."""
+    return _INSTRUCTION_FLAGS[level].split()
+
+
 @functools.cache
 def multiplies_half(level: str) -> bool:
     """Whether matrices of bfloat16 are multiplied as they are there."""
@@ -80,13 +85,13 @@ def library(level: str, half: bool = False) -> ctypes.CDLL:
 
 def package_object(level: str, needs: Sequence[str] = ()) -> Path:
     """An object file for AOTInductor packages: the operator and csrc/package.cpp, which asks at loading for the
-    instructions of the level and those that flags `needs` (-mavx2 ...) name.
+    instructions `needs` (avx2 ...).
 
     Raises:
         BuildError: as above.
     """
     compiler, flags, name = _compilation(level)
-    needed = " ".join(f'NEED("{flag[2:]}")' for flag in sorted({*_INSTRUCTION_FLAGS[level].split(), *needs}))
+    needed = " ".join(f'NEED("{name}")' for name in needs)
     include = Path(torch.__file__).parent / "include"
     own = ["-std=gnu++20", "-O2", "-fPIC", "-fopenmp", f"-I{include}", f"-DNEEDS={needed}"]
     told = hashlib.sha256(f"{torch.__version__} {own}".encode()).hexdigest()[:8]
@@ -106,7 +111,7 @@ def _compilation(level: str, half: bool = False) -> tuple[str, list[str], str]:
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
-    flags = [*_FLAGS.split(), *_INSTRUCTION_FLAGS[level].split()]
+    flags = [*_FLAGS.split(), *instruction_flags(level)]
     if half:
         flags += ["-DINVOLUTION_HALF", *["-mavx512bf16"] * multiplies_half(level)]
     return compiler, flags, f"involution-{level.lower()}{'-bf16' * half}-{_hash(compiler, flags)}"

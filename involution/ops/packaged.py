@@ -23,6 +23,14 @@ def keeps(*tensors: Tensor) -> bool:
     return _keeping and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
 
 
+def instructions() -> list[str]:
+    """What the kernels and inductor's own code use of an x86-64 processor, as g++ calls it (avx2 ...)."""
+    from torch._inductor import cpu_vec_isa  # slow to import
+
+    flags = [*cpu_vec_isa.pick_vec_isa().build_arch_flags().split(), *build.instruction_flags(build.instruction_set())]
+    return sorted({flag.removeprefix("-m") for flag in flags if "=" not in flag})
+
+
 @contextmanager
 def kept() -> Iterator[dict[str, Any]]:
     """Programs written down meanwhile call our operators; gives the options with which inductor links them.
@@ -31,10 +39,7 @@ def kept() -> Iterator[dict[str, Any]]:
         BuildError: they cannot be compiled.
     """
     global _keeping
-    from torch._inductor import cpu_vec_isa  # slow to import
-
-    needs = cpu_vec_isa.pick_vec_isa().build_arch_flags().split()  # of inductor's own code
-    path = build.package_object(build.instruction_set(), needs)
+    path = build.package_object(build.instruction_set(), instructions())
     before = os.environ.get("LIBRARY_PATH")  # where linkers look too; inductor has no option for it
     os.environ["LIBRARY_PATH"] = os.pathsep.join([str(path.parent), *([before] if before else [])])
     _keeping = True
@@ -42,7 +47,6 @@ def kept() -> Iterator[dict[str, Any]]:
         yield {
             "aot_inductor.custom_ops_to_c_shims": {_overload(name): [_declaration(name)] for name in _INTEGERS},
             "aot_inductor.custom_op_libs": [f":{path.name}"],
-            "cpp.march": "",  # any processor with the instructions named, not only this one
         }
     finally:
         _keeping = False

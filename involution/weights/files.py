@@ -34,6 +34,10 @@ _OTHERS = {  # beginnings of files that are often mistaken for weights
     b"<": "it is a web page or another text, perhaps of a login or an error, saved under the name of weights",
     b"\x89HDF": "it is a file of HDF5 (Keras, TensorFlow)",
 }
+_EXPORTED = {
+    ".pt2": "torch.export.load opens an exported program, and involution.packages.load a compiled one",
+    ".onnx": "onnxruntime opens it",
+}
 
 
 class _Record:
@@ -139,7 +143,8 @@ def load(path: Path, what: str = "weights") -> tuple[Any, dict[str, str]]:
     except ImportError as error:
         raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # torch.load, pickle and safetensors raise a dozen types for damaged files
-        raise ValueError(f"{path} cannot be read as {what}: {why_unreadable(error)}") from error
+        reason = _EXPORTED.get(path.suffix) or why_unreadable(error)
+        raise ValueError(f"{path} cannot be read as {what}: {reason}") from error
 
 
 def _load_safetensors(path: Path) -> tuple[Any, dict[str, str]]:

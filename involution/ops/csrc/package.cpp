@@ -23,7 +23,8 @@ __attribute__((constructor)) void check_processor() {
 #define NEED(FEATURE)                                                                                                 \
     if (!__builtin_cpu_supports(FEATURE)) {                                                                           \
         std::fprintf(stderr, "error: this package was compiled for a processor with " FEATURE                         \
-                             ", which this one lacks; export it on a machine like this one\n");                       \
+                             ", which this one lacks; export it on a machine like this one, or with "                 \
+                             "ATEN_CPU_CAPABILITY=avx2 in the environment for any processor with AVX2\n");            \
         std::_Exit(2);                                                                                                \
     }
     NEEDS
