@@ -209,8 +209,8 @@ def save_safetensors(
         arguments: of ``create_model`` for it; None: read off the tensors' shapes, which tell nothing of timm's models.
 
     Raises:
-        ValueError: safetensors is not installed, the names are not as many as the classes, it is no classifier, or the
-            folder is a file.
+        ValueError: safetensors is not installed, the names are not as many as the classes, it is no classifier, or
+            nothing can be written there.
     """
     if arguments is not None and arguments["name"] in DENSE:
         raise ValueError(
@@ -225,13 +225,15 @@ def save_safetensors(
     if class_names and len(class_names) != options["num_classes"]:
         raise ValueError(f"class_names has {len(class_names)} names; the model has {options['num_classes']} classes")
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"folder is {folder}, which is a file; the weights and their card go into a folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be a folder ({error.strerror}); weights and card go into one") from error
+    path = writable(folder / "model.safetensors", ".safetensors")
     preparation = {key: preparation[key] for key in IMAGENET}
     made_by = None if arguments is None else {"name": name} | options
     notes = files.metadata(made_by, list(class_names), preparation)
-    save_file(state, folder / "model.safetensors", metadata=notes | {"model": name})
+    save_file(state, path, metadata=notes | {"model": name})
     card = model_card(model, name, options, [printable(name) for name in class_names], note, preparation)
     (folder / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 

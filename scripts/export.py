@@ -53,7 +53,7 @@ def main() -> int:
             WRITERS[arguments.format](model, arguments.out, arguments.size, class_names or (), preparation)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 1 if isinstance(error, RuntimeError) else 2
     print(f"{arguments.checkpoint} -> {arguments.out} ({arguments.format})")
     return 0
 
