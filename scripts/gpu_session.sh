@@ -30,8 +30,8 @@ step() {
   [ "$limit" -lt 20 ] && { echo "$name: no time left"; LEFT+=" $name"; return 1; }
   echo "$name: $*"
   timeout -k 60 "$limit" "$@" > "$OUT/$name.txt" 2>&1 & CHILD=$!
+  while kill -0 "$CHILD" 2> /dev/null; do wait "$CHILD"; done # a signal ends `wait` early, with the signal's number
   wait "$CHILD"; status=$?
-  while kill -0 "$CHILD" 2> /dev/null; do wait "$CHILD"; status=$?; done # a signal interrupts `wait`
   CHILD=
   [ $status = 0 ] && touch "$OUT/$name.done" || { echo "$name: exit $status"; tail -n 5 "$OUT/$name.txt"; LEFT+=" $name"; }
   command="${*//"$FOLDER"/FOLDER}"
