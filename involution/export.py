@@ -149,9 +149,9 @@ def export_aoti(
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
-def _folded(model: nn.Module, fold: Callable[[nn.Module], nn.Module] = fold_layers) -> nn.Module:
+def _folded(model: nn.Module, by: Callable[[nn.Module], nn.Module] = fold_layers) -> nn.Module:
     """In channels_last; images may come in any memory format."""
-    return fold_parts(model, fold).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return fold_parts(model, by).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def export_onnx(

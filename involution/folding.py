@@ -102,14 +102,15 @@ def fold_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def fold_parts(model: nn.Module, fold: Callable[[nn.Module], nn.Module] = fold) -> nn.Module:
-    """``fold``, and where it leaves the whole as it is, ``fold`` of each child; it does not say what stays."""
+def fold_parts(model: nn.Module, by: Callable[[nn.Module], nn.Module] = fold) -> nn.Module:
+    """``fold``, or another of these, and where it leaves the whole as it is, that of each child; it does not say what
+    stays."""
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        found = fold(model)
+        found = by(model)
         if told:
             for name, child in found.named_children():
-                setattr(found, name, fold(child))
+                setattr(found, name, by(child))
     return found
 
 

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.flop_counter import register_flop_formula
 
-from . import backends, cpu, cpu_folded, folded, packaged
+from . import backends, cpu, cpu_folded, folded
 from .folded import PANEL, pack_convolution, packed_size, unpack_convolution
+from .registration import register_autocast
 from .shapes import empty_output, output_hw
-from .standard import exporting
-from .transforms import active
 
 
 def pack(narrow: nn.Conv2d, layer: Tensor, widen: nn.Conv2d, skip: nn.Conv2d | None) -> Tensor:
@@ -77,6 +76,9 @@ def _on_cpu(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     return composed(input, packed, *options)
 
 
+register_autocast(_library, "folded_bottleneck2d", "cpu")
+
+
 @torch.library.register_fake("involution::folded_bottleneck2d")
 def _fake(
     input: Tensor, packed: Tensor, width: int, out_channels: int, projected: int, hidden: int,
@@ -112,10 +114,4 @@ def folded_bottleneck2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     if has_torch_function((input, packed)):
         return handle_torch_function(folded_bottleneck2d, (input, packed), input, packed, *options)
     folded.check(input, packed, lambda channels: _size(channels, *options))
-    if exporting():
-        return (packaged.folded_bottleneck2d if packaged.keeps(input, packed) else composed)(input, packed, *options)
-    differentiated = torch.is_grad_enabled() and (input.requires_grad or packed.requires_grad)
-    standing_in = differentiated or input.device.type != "cpu" or active()
-    if standing_in:
-        return composed(input, packed, *options)
-    return torch.ops.involution.folded_bottleneck2d(*folded.autocast(input, packed), *options)
+    return folded.call(torch.ops.involution.folded_bottleneck2d, composed, input, packed, *options)

@@ -8,7 +8,7 @@ torch operations that compilers fuse. There are no gradients.
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import backends, cpu, cpu_folded, packaged
 from .functional import span_involution2d
+from .registration import register_autocast
 from .shapes import empty_output, output_hw
 from .standard import exporting
 from .transforms import active
@@ -105,6 +106,9 @@ def _on_cpu(
     return composed(input, packed, *options)
 
 
+register_autocast(_library, "folded_involution2d", "cpu")
+
+
 @torch.library.register_fake("involution::folded_involution2d")
 def _fake(
     input: Tensor, packed: Tensor, hidden: int, groups: int, kernel_size: int, stride: int, dilation: int
@@ -131,16 +135,17 @@ def folded_involution2d(
     if has_torch_function((input, packed)):
         return handle_torch_function(folded_involution2d, (input, packed), input, packed, *options)
     check(input, packed, lambda channels: size(channels, hidden, groups * kernel_size**2))
+    return call(torch.ops.involution.folded_involution2d, composed, input, packed, *options)
+
+
+def call(
+    operator: Callable[..., Tensor], composed: Callable[..., Tensor], input: Tensor, packed: Tensor, *options: int
+) -> Tensor:
+    """``operator``, or ``composed``, what it stands for, where it has no kernel, no derivative or does not exist."""
     if exporting():
-        return (packaged.folded_involution2d if packaged.keeps(input, packed) else composed)(input, packed, *options)
+        kept = packaged.keeps(input, packed)
+        return operator(packaged.image(input), packed, *options) if kept else composed(input, packed, *options)
     differentiated = torch.is_grad_enabled() and (input.requires_grad or packed.requires_grad)
-    standing_in = differentiated or input.device.type != "cpu" or active()
-    if standing_in:
+    if differentiated or input.device.type != "cpu" or active():
         return composed(input, packed, *options)
-    return torch.ops.involution.folded_involution2d(*autocast(input, packed), *options)
-
-
-def autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """Tensors of the CPU as a convolution under autocast takes them."""
-    enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-    return (t.to(dtype) if enabled and t.dtype != torch.float64 else t for t in tensors)
+    return operator(input, packed, *options)

@@ -65,20 +65,10 @@ def _declaration(name: str) -> str:
     return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(arguments)})"
 
 
-def folded_bottleneck2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
-    """``torch.ops.involution.folded_bottleneck2d``, its image as the C++ side takes it."""
-    return torch.ops.involution.folded_bottleneck2d(_image(input), packed, *options)
-
-
-def folded_involution2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
-    """``torch.ops.involution.folded_involution2d``, likewise."""
-    return torch.ops.involution.folded_involution2d(_image(input), packed, *options)
-
-
 def involution2d(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    """``torch.ops.involution.involution2d``, likewise: the G*K*K taps of a pixel side by side."""
+    """``torch.ops.involution.involution2d``, its operands as the C++ side takes them: a pixel's G*K*K taps together."""
     taps = kernel.permute(0, 4, 5, 1, 2, 3).contiguous().permute(0, 3, 4, 5, 1, 2)
-    return torch.ops.involution.involution2d(_image(input), taps, stride, padding, dilation)
+    return torch.ops.involution.involution2d(image(input), taps, stride, padding, dilation)
 
 
 def neighbourhood_product(
@@ -86,8 +76,9 @@ def neighbourhood_product(
 ) -> Tensor:
     """``torch.ops.involution.neighbourhood_product``, likewise."""
     options = kernel_size, groups, stride, dilation * (kernel_size - 1) // 2, dilation
-    return torch.ops.involution.neighbourhood_product(_image(query), _image(key), *options)
+    return torch.ops.involution.neighbourhood_product(image(query), image(key), *options)
 
 
-def _image(tensor: Tensor) -> Tensor:
+def image(tensor: Tensor) -> Tensor:
+    """As the C++ side takes it."""
     return tensor.contiguous(memory_format=torch.channels_last)

@@ -115,7 +115,8 @@ _span.register_autograd(_span_differentiate, setup_context=_span_save)
 # ---- autocast: the floating-point operands take the autocast type, as those of a convolution do ----------------------
 
 
-def _register_autocast(library: torch.library.Library, name: str, device: str) -> None:
+def register_autocast(library: torch.library.Library, name: str, device: str) -> None:
+    """Floating-point operands of the operator take the autocast type, but for float64."""
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
     operator = getattr(torch.ops.involution, name).default
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
@@ -134,7 +135,7 @@ def _register_autocast(library: torch.library.Library, name: str, device: str) -
 _library = torch.library.Library("involution", "FRAGMENT")
 for _name in _OPERATORS:
     for _device in ("cpu", "cuda"):
-        _register_autocast(_library, _name, _device)
+        register_autocast(_library, _name, _device)
 
 # ---- FLOP formulas: two a multiply-add, recomputation in the backward counted as the work it is ---------------------
 

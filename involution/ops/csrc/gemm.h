@@ -16,17 +16,10 @@ INLINE void add_products(Vec<float>& sum, Vec<uint32_t> a, Vec<uint32_t> b) {
 }
 #endif
 
-struct Store {
-    template <class C, class V>
-    INLINE void operator()(C* to, V sum) const {
-        store(to, sum);
-    }
-};
-
 struct StorePositive {
     template <class C, class V>
     INLINE void operator()(C* to, V sum) const {
-        store(to, V(sum < V{} ? V{} : sum));  // in this order NaN stays NaN
+        store(to, positive(sum));
     }
 };
 

@@ -70,6 +70,13 @@ INLINE void store(Half* p, V v) {
         store(&p->bits, __builtin_convertvector(bits, Bits));
 }
 
+struct Store {
+    template <class T, class V>
+    INLINE void operator()(T* to, V value) const {
+        store(to, value);
+    }
+};
+
 // Past the caches, where the processor can: for what is larger than they are. `p` has the alignment of what is written.
 template <class V, class T>
 INLINE void store_past_caches(T* p, V v) {

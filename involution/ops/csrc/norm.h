@@ -91,7 +91,7 @@ void with_store(const Norm& n, F f, const T* a, const T* b = nullptr) {
     if (bytes > kLarge && aligned && n.channels % kLanes<A> == 0)
         f([](T* to, auto value) INLINED { store_past_caches(to, value); });
     else
-        f([](T* to, auto value) INLINED { store(to, value); });
+        f(Store{});
 }
 
 template <class A, class T>
@@ -103,7 +103,7 @@ void norm_apply(const Norm& n, const T* x, const T* skip, A* coefficients, T* ou
                 typedef decltype(v) V;
                 V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
                 if constexpr (added) value += load<V>(skip + i);
-                write(out + i, V(value < V{} ? V{} : value));  // in this order NaN stays NaN
+                write(out + i, positive(value));
             });
         };
         with_store<A, T>(n, run, out);

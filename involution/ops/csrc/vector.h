@@ -42,6 +42,11 @@ INLINE void store(A* p, V v) {
     *reinterpret_cast<U*>(p) = v;
 }
 
+template <class V>
+INLINE V positive(V v) {
+    return v < V{} ? V{} : v;  // in this order NaN stays NaN
+}
+
 // unroll<N>(f): f(0) ... f(N-1) with constant indices, so that arrays of accumulators live in registers.
 template <class F, size_t... I>
 INLINE void unroll_impl(F&& f, std::index_sequence<I...>) {

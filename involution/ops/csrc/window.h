@@ -46,8 +46,7 @@ struct Finish {
         if (!scale) return;
         const V factor = load<V>(scale + channel), addend = load<V>(shift + channel);
         unroll<P>([&](auto p) INLINED {
-            const V value = values[p] * factor + addend;
-            values[p] = value < V{} ? V{} : value;  // in this order NaN stays NaN
+            values[p] = positive(V(values[p] * factor + addend));
         });
     }
 };
