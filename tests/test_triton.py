@@ -38,9 +38,9 @@ def test_results_through_the_interpreter_and_launches_through_the_launcher(file:
 
 #: what failed or nearly failed: too much shared memory on small GPUs, spills, minutes of compilation
 HARD = [
-    ("span_grad_weight", Layer((256, 14, 14), 16, 7, 1, 1, 64), "bf16", 86),
-    ("span_grad_weight", Layer((512, 7, 7), 1, 7, 1, 1, 128), "bf16", 90),
-    ("span_grad_input", Layer((256, 14, 14), 16, 7, 1, 1, 64), "bf16", 90),
+    ("span_forward", Layer((512, 7, 7), 32, 7, 1, 1, 128), "bf16", 86),
+    ("span_grad_input", Layer((128, 28, 28), 8, 7, 1, 1, 32), "bf16", 86),
+    ("grad_kernel", Layer((512, 7, 7), 1, 7, 1, 1, 128), "bf16", 90),
     ("grad_kernel", Layer((64, 56, 56), 4, 7, 1, 1, None), "bf16", 90),
     ("norm_grad_sums", Norm((256, 56, 56), True), "bf16", 86),
 ]
@@ -183,14 +183,14 @@ def test_of_a_machines_ranks_the_first_says_so(asked: Callable[..., list[str]]) 
 
 
 def test_a_predicted_step_follows_from_the_kernels() -> None:
-    names = ("span_forward", "span_grad_input", "span_grad_reduced", "span_grad_weight")
+    names = ("span_forward", "span_grad_input", "grad_input", "grad_kernel")
     with torch.device("meta"):
         layers, layers_50 = layers_of(create_model("rednet26"), 64, 64), layers_of(create_model("rednet50"))
     one, two = (
         sum(prediction.predict("rednet26", 2, 90, {(n, x): us for n in names for x in layers}, (64, 64)).values())
         for us in (1000, 2000)
     )
-    assert two - one == pytest.approx(prediction.SLACK * 4 * 9)  # ms of four kernels in the stem and eight blocks
+    assert two - one == pytest.approx(prediction.SLACK * 3 * 9)  # ms of three kernels in the stem and eight blocks
     free = {(n, x): 0.0 for n in names for x in layers_50}
     apart, joined = (sum(prediction.predict("rednet50", 128, 90, free, joined=it).values()) for it in (False, True))
     assert 0.8 < joined / apart < 0.9  # BatchNorm, residual and ReLU in 8 and 11 passes instead of 13 and 16

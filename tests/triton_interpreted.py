@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from involution.ops import involution2d, norm, reference, span_involution2d
+from involution.ops import involution2d, norm, reference, span_involution2d, triton_backend
 from involution.ops.ghost import GhostBatchNorm2d
 
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3}
@@ -29,6 +29,7 @@ CASES = [
     (1, 4, 2, 3, 11, 13, 3, 3, 2, 0, torch.float16, False, True),  # stride 3, no padding
     (1, 4, 2, 3, 3, 4, 3, 1, 1, 3, torch.float16, True, False),  # output larger than input
     (1, 16, 1, 7, 4, 8, 5, 1, 1, 3, torch.float32, True, True),  # kernel larger than the image
+    (2, 6, 2, 3, 4, 5, 64, 2, 1, 1, torch.float32, True, True),  # so many hidden channels that kernels are made at once
 ]
 
 
@@ -162,6 +163,21 @@ def test_second_derivatives_of_batch_norm_and_relu() -> None:
         (first,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
         found += torch.autograd.grad((first**2).sum(), x)
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels' gradient of a whole batch would take too much memory."""
+    values, grad = tensors((5, *CASES[0][1:]))
+    values.pop(1)
+    leaves = [v.requires_grad_() for v in values]
+    out = span_involution2d(*leaves, 3)
+    found = []
+    for kernels in (triton_backend.KERNELS_AT_ONCE, 2 * 18 * 5 * 7):  # of two images: parts of 2, 2 and 1
+        monkeypatch.setattr(triton_backend, "KERNELS_AT_ONCE", kernels)
+        found.append(torch.autograd.grad(out, leaves, grad, retain_graph=True))
+    for whole, parts in zip(*found, strict=True):
+        assert distance(parts, whole.double()) < 1e-6
+    assert torch.equal(found[0][0], found[1][0])
 
 
 def test_only_the_gradient_that_is_asked_for() -> None:

@@ -47,17 +47,32 @@ def span_backward(
     """Gradients of input, reduced, weight and bias; the kernels are made a second time instead of being stored."""
     kernel = span_kernel(reduced, weight, bias, kernel_size)
     grad_input, grad_kernel = backend.backward(grad, input, kernel, stride, padding, dilation, True, True)
-    grad_reduced, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+    return grad_input, *span_gradients(grad_kernel, reduced, weight, bias)
+
+
+def span_gradients(
+    grad_kernel: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of reduced, weight and bias from the kernels' (B, G, K, K, Ho, Wo).
+
+    The bias' is a sum over pixels, the weight's at a hidden channel of ones: it costs no further pass over the kernels.
+    """
+    hidden = weight.shape[1]
+    if bias is not None:  # channels come in eights: a row of tensor cores' operands begins at 16 bytes
+        reduced, weight = F.pad(reduced, (0, 0, 0, 0, 0, 8), value=1.0), F.pad(weight, (0, 0, 0, 0, 0, 8))
+    grad_reduced, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_kernel.flatten(1, 3),
         reduced,
         weight,
-        None if bias is None else bias.shape,
+        None,
         [1, 1],
         [0, 0],
         [1, 1],
         False,
         [0, 0],
         1,
-        [True, True, bias is not None],
+        [True, True, False],
     )
-    return grad_input, grad_reduced, grad_weight, grad_bias
+    if bias is None:
+        return grad_reduced, grad_weight, None
+    return grad_reduced[:, :hidden].clone(), grad_weight[:, :hidden].clone(), grad_weight[:, hidden, 0, 0].clone()

@@ -11,7 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
+from . import composed
 from . import triton_norm_plans as norm_plans
+from . import triton_tiles as tiles
 from .shapes import empty_kernel, empty_output, empty_product
 from .triton_plans import (
     ACCUMULATE,
@@ -20,11 +22,10 @@ from .triton_plans import (
     plan_forward,
     plan_grad_input,
     plan_grad_kernel,
-    plan_grad_reduced,
-    plan_grad_weight,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
+KERNELS_AT_ONCE = 2**28  # values that a backward may store: 512 MB in 16 bits; RedNet-50's at batch 256 are 1.6e8
 
 
 def _run(launch: Launch, device: torch.device) -> None:
@@ -136,14 +137,39 @@ def span_backward(
     grad: Tensor, input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, stride: int,
     padding: int, dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    rows, bias_row, common = _span(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
-    grad_input, grad_reduced = empty_output(input, *input.shape[1:]), empty_output(reduced, *reduced.shape[1:])
-    _run(plan_grad_input(grad, None, reduced, rows, bias_row, grad_input, common), input.device)
-    _run(plan_grad_reduced(grad, input, rows, grad_reduced, common), input.device)
-    launch, weights, biases = plan_grad_weight(grad, input, reduced, bias is not None, common)
-    _run(launch, input.device)
-    grad_weight = weights.sum(0).to(weight.dtype).view(weight.shape)
-    return grad_input, grad_reduced, grad_weight, None if biases is None else biases.sum(0).to(weight.dtype)
+    """The kernels' gradient is stored, of as many images as KERNELS_AT_ONCE allows, and dropped."""
+    options = (kernel_size, stride, padding, dilation)
+    at_once = max(1, KERNELS_AT_ONCE // (weight.shape[0] * grad.shape[2] * grad.shape[3]))
+    parts = zip(grad.split(at_once), input.split(at_once), reduced.split(at_once), strict=True)
+    found = [_span_backward(*part, weight, bias, *options) for part in parts]
+    if len(found) == 1:
+        return found[0]
+    inputs, hidden, weights, biases = zip(*found, strict=True)
+    grad_bias = None if bias is None else _sum(biases)
+    return torch.cat(inputs), torch.cat(hidden), _sum(weights), grad_bias
+
+
+def _sum(parts: tuple[Tensor, ...]) -> Tensor:
+    accumulate = torch.promote_types(parts[0].dtype, torch.float32)
+    return torch.stack(parts).sum(0, dtype=accumulate).to(parts[0].dtype)
+
+
+def _span_backward(
+    grad: Tensor, input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, *options: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    groups = weight.shape[0] // kernel_size**2
+    plain = common_arguments(input, kernel_size, groups, None, *options)
+    grad_input = empty_output(input, *input.shape[1:])
+    if tiles.make_taps_again(reduced.shape[1]):
+        rows, bias_row, common = _span(input, reduced, weight, bias, kernel_size, *options)
+        _run(plan_grad_input(grad, None, reduced, rows, bias_row, grad_input, common), input.device)
+    else:
+        kernel = composed.span_kernel(reduced, weight, bias, kernel_size)
+        _run(plan_grad_input(grad, kernel, None, None, None, grad_input, plain), input.device)
+        del kernel
+    grad_kernel = empty_product(grad, groups, kernel_size)
+    _run(plan_grad_kernel(grad, input, grad_kernel, plain), input.device)
+    return grad_input, *composed.span_gradients(grad_kernel, reduced, weight, bias)
 
 
 def norm_forward(

@@ -1,11 +1,11 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005 (Triton has no star expressions)
-"""Triton kernels of the involution's other gradients: of the kernels (plain), of reduced, weight and bias (fused).
+"""Triton kernel of the involution's other gradient, that of the kernels.
 
-Letters and runs as in triton_kernels.py.  All three begin with the same sums over a group's channels,
-    products[v * 8 + i] = sum_c x[column i S + v D, c] grad[pixel i, c]        (N,) each, for one row of taps,
-which are the gradients of the kernel values.  The plain operator stores them; the fused one multiplies them at once by
-weight (-> reduced) or by reduced (-> weight), on the tensor cores, and never writes them.
+Letters and runs as in triton_kernels.py.  For a row of taps it is sums over a group's channels,
+    products[v * 8 + i] = sum_c x[column i S + v D, c] grad[pixel i, c]        (N,) each.
+The fused operator stores them too, for as long as it takes to multiply them by weight (-> reduced) and by reduced
+(-> weight), which are matrix products of cuDNN's: made twice on the chip instead, they took longer by prediction.
 """
 
 import triton
@@ -16,12 +16,9 @@ from .triton_taps import (
     columns_from,
     group_ok,
     load_column,
-    load_reduced,
-    load_weight,
     pack,
     runs,
     tap_at,
-    tap_numbers,
     tap_pointers,
 )
 
@@ -128,90 +125,3 @@ def grad_kernel_kernel(x, grad, out, x_strides, grad_strides, out_strides, total
             mask = ((inside + i >= 0) & (inside + i < WO))[:, None] & (tl.arange(0, KP) < K)[None, :]
             values = pack(taps, 1, LOG_KP).to(out.dtype.element_ty)
             tl.store(pointers + (u * out_strides[2] + i * KSTEP), values, mask=mask)
-
-
-@triton.jit
-def tap_matrix(products, dtype: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, J: tl.constexpr,
-               GB: tl.constexpr):  # fmt: skip
-    """The products as an operand of the tensor cores: (8 J pixels, GB * KP taps)."""
-    tile = tl.reshape(pack(products, 1, 3 + LOG_KP).to(dtype), (J, GB, KP, 8))
-    return tl.reshape(tl.permute(tile, (0, 3, 1, 2)), (J * 8, GB * KP))
-
-
-@triton.jit(do_not_specialize=["total", "H", "W", "HO", "WO"])
-def grad_reduced_kernel(x, grad, weight, out, x_strides, grad_strides, out_strides, total, H, W, HO, WO,
-                        G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr, S: tl.constexpr,
-                        P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr, RP: tl.constexpr,
-                        BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr,
-                        ACC: tl.constexpr, PRECISION: tl.constexpr, J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """out (B, R, Ho, Wo) = gradient of reduced: a program sums over all groups and taps of its pixels."""
-    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
-    first = tl.program_id(0) * J
-    b, y, x0, ok = runs(first, HO, WO, total, J, GB, RUN, WIDE)
-    acc = tl.zeros((J * 8, RP), ACC)
-    for block in range((G + GB - 1) // GB):
-        channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
-        grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
-        for u in range(K):
-            products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block, H, W, WO, G, GC,
-                                   K, S, P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
-            taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
-            tap, tap_ok = tap_numbers(u, block, G, K, KP, GB)
-            w = tl.permute(load_weight(weight, tap, tap_ok, R, RP), (1, 0))
-            acc = tl.dot(taps, w, acc, input_precision=PRECISION, out_dtype=ACC)
-    b, y, x0, ok = runs(first, HO, WO, total, J, 8, RUN, WIDE)
-    pixel = tl.arange(0, J * 8) % 8
-    r = tl.arange(0, RP)
-    offset = b * out_strides[0] + y * out_strides[2] + (x0 + pixel) * out_strides[3]
-    mask = (ok & (pixel < RUN) & (x0 + pixel < WO))[:, None] & (r < R)[None, :]
-    tl.store(out + (offset[:, None] + (r * out_strides[1])[None, :]), acc.to(out.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["total", "parts", "H", "W", "HO", "WO"])
-def grad_weight_kernel(x, grad, reduced, weight_parts, bias_parts, x_strides, grad_strides, reduced_strides, total,
-                       parts, H, W, HO, WO, G: tl.constexpr, GC: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
-                       S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr, LOG_KP: tl.constexpr,
-                       RP: tl.constexpr, BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, RSTEP: tl.constexpr,
-                       UB: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-                       J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """weight_parts (parts, G * K * K, R), bias_parts (parts, G * K * K): sums over the runs of each part.
-
-    The parts are added afterwards in a fixed order, so the same bits come out every run (atomics would not do that).
-    A program keeps UB rows of taps x GB groups in registers while it walks through its runs."""
-    EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
-    rows_of_taps: tl.constexpr = (K + UB - 1) // UB
-    blocks: tl.constexpr = (G + GB - 1) // GB
-    pid = tl.program_id(0)
-    u0, block, part = pid % rows_of_taps * UB, pid // rows_of_taps % blocks, pid // (rows_of_taps * blocks)
-    channel, channel_ok = channels(block, 0, G, GC, GB, BC, J, WIDE)
-    sums, bias_sums = (), ()
-    for _ in tl.static_range(UB):
-        sums = sums + (tl.zeros((RP, GB * KP), ACC),)
-        bias_sums = bias_sums + (tl.zeros((16, GB * KP), ACC),)
-    ones = tl.full((16, J * 8), 1, x.dtype.element_ty)
-    steps = tl.cdiv(tl.cdiv(total, J), parts)
-    for step in range(steps):
-        first = (part * steps + step) * J
-        b, y, x0, ok = runs(first, HO, WO, total, J, GB, RUN, WIDE)
-        grads = load_run(grad, grad_strides, b, y, x0, ok, WO, channel, channel_ok, RUN, EVEN, ACC)
-        bj, yj, xj, okj = runs(first, HO, WO, total, J, 1, RUN, WIDE)
-        hidden = load_reduced(reduced, reduced_strides, bj, yj, xj, okj, WO, R, J, RP, RSTEP)
-        new, new_bias = (), ()
-        for i in tl.static_range(UB):
-            products = products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u0 + i, block, H, W, WO, G,
-                                   GC, K, S, P, D, KP, BC, RUN, STEP, WIDE, ACC, J, GB)  # fmt: skip
-            taps = tap_matrix(products, x.dtype.element_ty, KP, LOG_KP, J, GB)
-            new = new + (tl.dot(tl.permute(hidden, (1, 0)), taps, sums[i], input_precision=PRECISION, out_dtype=ACC),)
-            if bias_parts is not None:  # a sum over pixels that stays on the tensor cores
-                new_bias = new_bias + (tl.dot(ones, taps, bias_sums[i], input_precision="ieee", out_dtype=ACC),)
-            else:
-                new_bias = new_bias + (bias_sums[i],)
-        sums, bias_sums = new, new_bias
-    r = tl.arange(0, RP)
-    for i in tl.static_range(UB):
-        if u0 + i < K:
-            tap, tap_ok = tap_numbers(u0 + i, block, G, K, KP, GB)
-            place = part * (G * K * K) + tap
-            tl.store(weight_parts + (place[None, :] * R + r[:, None]), sums[i], mask=tap_ok[None, :] & (r < R)[:, None])
-            if bias_parts is not None:  # all 16 rows are the same sum
-                tl.store(bias_parts + place, tl.max(bias_sums[i], 0), mask=tap_ok)

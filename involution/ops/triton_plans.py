@@ -116,46 +116,13 @@ def plan_grad_input(
     return launch._replace(programs=every * launch.programs)
 
 
-def _correlation(grad: Tensor, input: Tensor, common: dict[str, Any], *others: Tensor) -> dict[str, Any]:
-    arguments = {"x": input, "grad": grad, "x_strides": input.stride(), "grad_strides": grad.stride()}
-    arguments |= {"STEP": input.stride(3), "total": _runs(common, input.shape[0])}
-    return common | arguments | {"WIDE": _is_wide(grad, input, *others)}
-
-
 def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
-    arguments = _correlation(grad, input, common, out)
-    arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5)}
+    arguments = common | {"x": input, "grad": grad, "x_strides": input.stride(), "grad_strides": grad.stride()}
+    arguments |= {"STEP": input.stride(3), "total": _runs(common, input.shape[0])}
+    arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5), "WIDE": _is_wide(grad, input, out)}
     launch = _tiled(triton_gradients.grad_kernel_kernel, arguments, tiles.grad_kernel_tile(arguments))
     a = launch.arguments
     return launch._replace(programs=ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"]))
-
-
-def plan_grad_reduced(grad: Tensor, input: Tensor, weight: Tensor, out: Tensor, common: dict[str, Any]) -> Launch:
-    arguments = _correlation(grad, input, common, out) | {"weight": weight, "out": out, "out_strides": out.stride()}
-    launch = _tiled(triton_gradients.grad_reduced_kernel, arguments, tiles.grad_reduced_tile(arguments))
-    return launch._replace(programs=ceil(arguments["total"], launch.arguments["J"]))
-
-
-def plan_grad_weight(
-    grad: Tensor, input: Tensor, reduced: Tensor, with_bias: bool, common: dict[str, Any]
-) -> tuple[Launch, Tensor, Tensor | None]:
-    """The launch, and the partial sums of weight (parts, G*K*K, R) and bias (parts, G*K*K) that it fills."""
-    arguments = _correlation(grad, input, common, reduced)
-    taps, channels = common["G"] * common["K"] ** 2, common["R"]
-    tile = tiles.grad_weight_tile(common, input.element_size())
-    rows = tiles.grad_weight_rows(tile, common)
-    programs = ceil(common["G"], tile.GB) * ceil(common["K"], rows)
-    # about four programs a multiprocessor of the largest GPUs; no device property, so that results depend on none
-    parts = min(ceil(528, programs), ceil(arguments["total"], tile.J))
-    accumulate = torch.float64 if input.dtype == torch.float64 else torch.float32
-    weights = torch.empty((parts, taps, channels), dtype=accumulate, device=input.device)
-    biases = torch.empty((parts, taps), dtype=accumulate, device=input.device) if with_bias else None
-    arguments |= {"reduced": reduced, "reduced_strides": reduced.stride(), "RSTEP": reduced.stride(3), "UB": rows}
-    arguments |= {"parts": parts, "weight_parts": weights, "bias_parts": biases}
-    if _exact(input, arguments):
-        arguments["PRECISION"] = "tf32x3"  # as exact; without tensor cores a thread would keep 6 KB in memory
-    launch = _tiled(triton_gradients.grad_weight_kernel, arguments, tile)
-    return launch._replace(programs=programs * parts), weights, biases
 
 
 def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:

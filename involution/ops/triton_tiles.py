@@ -18,7 +18,6 @@ class Tile(NamedTuple):
 
 
 TILES = (Tile(16, 4), Tile(8, 4), Tile(32, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1), Tile(2, 1))
-RUNS = (16, 8, 2)  # for kernels whose groups are fixed
 
 
 def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int) -> bool:
@@ -38,47 +37,22 @@ def forward_tile(a: dict[str, Any], exact: bool = False) -> Tile:
 
 
 def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
-    """Two tiles of taps are alive where a run touches more than 8 output columns: fewer channels beside a wide one.
+    """Two tiles of taps are alive where a run touches more than 8 output columns."""
+    return next((t for t in TILES if registers_suffice(t, a, 128 if exact else 256)), TILES[-1])
 
-    Nor is there room for the weights of many groups: four times 256 reduced channels would spill 136 bytes.
+
+def make_taps_again(hidden: int) -> bool:
+    """Whether the input's gradient makes its taps on the chip; else a convolution makes all kernels for that moment.
+
+    Every row of input makes 13/7 of the forward's taps again. By the compiled kernels' floors and the bytes of the
+    kernels (H100, RedNet-50) that is faster up to 32 hidden channels (stage 2: 90 us against 113), not from 64 on
+    (stage 3: 74 against 57, stage 4: 55 against 31).
     """
-
-    def fits(tile: Tile) -> bool:
-        channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-        beside = tile.J * a["RP"] / tile.warps + 16 * channels
-        return registers_suffice(tile, a, 128 if exact else 256) and beside <= 320 and tile.GB * a["RP"] <= 512
-
-    return next((t for t in TILES if fits(t)), TILES[-1])
+    return hidden < 64
 
 
 def grad_kernel_tile(a: dict[str, Any]) -> Tile:
     return next((t for t in TILES if registers_suffice(t, a, 512)), TILES[-1])
-
-
-def grad_reduced_tile(a: dict[str, Any]) -> Tile:
-    """All groups are summed up by one program, GB at a time: 2 to 4, as the tensor cores sum over 16 taps or more."""
-    groups = max(2, min(4, power(a["G"]), 64 // a["BC"]))
-    tiles = [Tile(runs, groups) for runs in RUNS]
-    return next((t for t in tiles if registers_suffice(t, {**a, "G": groups}, 256)), tiles[-1])
-
-
-def grad_weight_tile(a: dict[str, Any], element_size: int) -> Tile:
-    """The sums of a row, KP taps x GB groups x RP, are at most 2048 values of a program's registers."""
-    groups = min(4, power(a["G"]), max(1, 64 // a["BC"]), max(1, 256 // a["RP"]))
-    runs = min(1024 // (groups * max(16, a["BC"])), 2048 // a["RP"])
-    if a["S"] > 1 and a["RP"] >= 64:
-        runs //= 2  # the input's columns are twice as many; before sm_90 a thread would spill 232 bytes
-    return Tile(max(2, 2 * runs // element_size), groups)  # wider types take more shared memory
-
-
-def grad_weight_rows(tile: Tile, a: dict[str, Any]) -> int:
-    """Rows of taps a program: two share most input rows (in L1), more take minutes to compile.
-
-    One where a thread holds 8 channels of a run beside the widest sums: two would spill before sm_90 (256 x 14 x 14,
-    288 bytes), and gain nothing there. One for groups of a channel, too, which threads share: each has all products.
-    """
-    channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-    return 1 if 1 in (a["K"], a["BC"]) or (channels >= 8 and tile.GB * a["RP"] >= 256) else 2
 
 
 def power(value: int) -> int:

@@ -145,8 +145,5 @@ def _trips(launch: Launch) -> list[float]:
         return [math.ceil(a["per"] / a["BR"])] if {"per", "BR"} <= a.keys() else []
     chunks = math.ceil(a["GC"] / a["BC"])
     chunked = [chunks] if chunks > 1 and name not in ("forward_kernel", "grad_input_kernel") else []
-    if name == "grad_weight_kernel":
-        return [math.ceil(math.ceil(a["total"] / a["J"]) / a["parts"])] + a["UB"] * chunked
-    blocks = math.ceil(a["G"] / a["GB"])
     rows = a["K"] if a["D"] > 1 or name != "grad_input_kernel" else math.ceil(a["K"] / a["S"])
-    return ([blocks] if name == "grad_reduced_kernel" and blocks > 1 else []) + [rows] + chunked
+    return [rows, *chunked]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from involution import Involution2d, create_model
 from involution.ops import triton_norm_plans as norm_plans
 from involution.ops import triton_plans as plans
+from involution.ops import triton_tiles as tiles
 from involution.ops.triton_plans import Launch
 
 
@@ -136,20 +137,23 @@ def launches(layer: Layer | Norm, dtype: torch.dtype, batch: int, fused: bool | 
 
     x, out = empty(channels, height, width), empty(channels, out_height, out_width)
     taps = layer.groups * k * k
+    kernel = empty(taps, out_height, out_width).view(batch, layer.groups, k, k, out_height, out_width)
+    common = plans.common_arguments(x, k, layer.groups, None, *options)
+    plain = {
+        "forward": plans.plan_forward(x, kernel, None, None, None, out, common),
+        "grad_input": plans.plan_grad_input(out, kernel, None, None, None, x, common),
+        "grad_kernel": plans.plan_grad_kernel(out, x, kernel, common),
+    }
     if layer.reduced is None or fused is False:
-        kernel = empty(taps, out_height, out_width).view(batch, layer.groups, k, k, out_height, out_width)
-        common = plans.common_arguments(x, k, layer.groups, None, *options)
-        return {
-            "forward": plans.plan_forward(x, kernel, None, None, None, out, common),
-            "grad_input": plans.plan_grad_input(out, kernel, None, None, None, x, common),
-            "grad_kernel": plans.plan_grad_kernel(out, x, kernel, common),
-        }
+        return plain
     reduced = empty(layer.reduced, out_height, out_width)
     weight, bias = (torch.empty(*size, dtype=dtype, device="meta") for size in ((taps, layer.reduced), (taps,)))
     common = plans.common_arguments(x, k, layer.groups, reduced, *options)
-    return {
+    made = {
         "span_forward": plans.plan_forward(x, None, reduced, weight, bias, out, common),
         "span_grad_input": plans.plan_grad_input(out, None, reduced, weight, bias, x, common),
-        "span_grad_reduced": plans.plan_grad_reduced(out, x, weight, reduced, common),
-        "span_grad_weight": plans.plan_grad_weight(out, x, reduced, True, common)[0],
     }
+    if fused:
+        return made
+    grad_input = "span_grad_input" if tiles.make_taps_again(layer.reduced) else "grad_input"
+    return {name: (plain | made)[name] for name in ("span_forward", grad_input, "grad_kernel")}

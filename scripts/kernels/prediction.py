@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from involution import create_model
 from involution.ops.norm import LAUNCH_BOUND
+from involution.ops.triton_tiles import make_taps_again
 from kernels.launches import Layer, Norm
 
 Floors = Mapping[tuple[str, Layer | Norm], float]  # microseconds by kernel and layer
@@ -65,9 +66,9 @@ class _Cost(TorchDispatchMode):
             for _ in range(2 if args[10][0] else 1):  # the first layer has no gradient of its input
                 self._convolution(*args[:3])
         elif name == "involution::span_involution2d":
-            self._involution(("span_forward",), out, *args)
+            self._involution(False, out, *args)
         elif name == "involution::span_involution2d_backward":
-            self._involution(("span_grad_input", "span_grad_reduced", "span_grad_weight"), *args)
+            self._involution(True, *args)
         elif name in PASSES and args[0].dim() == 4:
             kind, passes, launches = PASSES[name]
             if self.joined and args[0].numel() >= LAUNCH_BOUND:
@@ -101,14 +102,29 @@ class _Cost(TorchDispatchMode):
         self.add("3x3 and 7x7" if spatial else "1x1", x.numel() + weight.numel() + out.numel(), flops, rate)
 
     def _involution(
-        self, kernels: tuple[str, ...], out: Tensor, x: Tensor, reduced: Tensor, weight: Tensor, bias: Any,
+        self, backward: bool, out: Tensor, x: Tensor, reduced: Tensor, weight: Tensor, bias: Any,
         kernel_size: int, stride: int, padding: int, dilation: int, *_: Any,
     ) -> None:  # fmt: skip
+        """Its kernels and, backward, the matrix products that make the kernels and use their gradient."""
         size, groups = (x.shape[1], x.shape[2], x.shape[3]), weight.shape[0] // kernel_size**2
         layer = Layer(size, groups, kernel_size, stride, dilation, reduced.shape[1])
-        bytes_needed = ELEMENT * (x.numel() + reduced.numel() + out.numel()) / self.card.bandwidth
-        for kernel in kernels:
-            self.seconds["involution"] += max(SLACK * 1e-6 * self.floors[kernel, layer], bytes_needed) + LAUNCH
+        taps, pixels, products = weight.shape[0] * reduced[:, 0].numel(), x.numel() + out.numel(), 0
+        moved = {"span_forward": pixels + reduced.numel()}
+        if backward:  # the bias' gradient is eight more hidden channels: reduced is copied to add them
+            products = 2
+            moved = {"grad_kernel": pixels + taps}
+            self.add("involution", 2 * reduced.numel())
+            if make_taps_again(reduced.shape[1]):
+                moved["span_grad_input"] = pixels + reduced.numel()
+            else:
+                products = 3
+                moved["grad_input"] = pixels + taps
+        for kernel, values in moved.items():
+            floor = SLACK * 1e-6 * self.floors[kernel, layer]
+            self.seconds["involution"] += max(floor, ELEMENT * values / self.card.bandwidth) + LAUNCH
+        for _product in range(products):
+            flops = 2 * taps * reduced.shape[1]
+            self.add("involution", taps + reduced.numel() + weight.numel(), flops, self.card.pointwise)
 
 
 def predict(
