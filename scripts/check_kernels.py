@@ -3,6 +3,7 @@
     python scripts/check_kernels.py                                       RedNet-50, bf16, sm_80 to sm_120
     python scripts/check_kernels.py --models rednet50 ablation --arch 86 90 --dtype bf16 fp32
     python scripts/check_kernels.py --layers 512x7x7 --only span_forward          one kernel
+    python scripts/check_kernels.py --arch 90 --tiles                             its choice beside the other tiles
     python scripts/check_kernels.py --models dense --size 800 1280 --batch 2      detectors and segmentors
 
 A line a kernel: tile (runs x groups x warps; of BatchNorm rows x channels x warps), registers, spilled bytes, shared
@@ -30,9 +31,23 @@ from kernels.compiled import ARCHITECTURES, Compiled, compile_launch
 from kernels.launches import Layer, Norm, launches, layers_of, networks, norms_of
 from kernels.prediction import CARDS, Floors, predict
 
+from involution.ops.triton_plans import Launch, in_tile
+from involution.ops.triton_tiles import TILES, Tile
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 SPILLED = {"fp32": 512, "fp64": 2048}  # bytes a thread that may be; none in 16 bits
-Case = tuple[str, Layer | Norm, str, int, int, bool | None]  # kernel, layer, type, architecture, batch, fused
+
+
+class Case(NamedTuple):
+    """A kernel to compile. tile: another than the one that the rule chooses."""
+
+    name: str
+    layer: Layer | Norm
+    dtype: str
+    arch: int
+    batch: int
+    fused: bool | None = None
+    tile: Tile | None = None
 
 
 class Outcome(NamedTuple):
@@ -54,14 +69,16 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         for case, outcome in zip(cases, pool.map(compile_case, cases)):
             outcomes[case] = outcome
-            print(f"{case[0]:17} {case[1]!s:36} {case[2]} sm_{case[3]:<3} {outcome.text}", flush=True)
-    fit = sum(outcome.fine for outcome in outcomes.values())
-    print(f"{fit} of {len(cases)} fit; {sum(outcome.seconds for outcome in outcomes.values()):.0f} s of compilation")
+            print(f"{case.name:17} {case.layer!s:36} {case.dtype} sm_{case.arch:<3} {outcome.text}", flush=True)
+    chosen = {case: outcome for case, outcome in outcomes.items() if case.tile is None}
+    fit, seconds = sum(outcome.fine for outcome in chosen.values()), sum(o.seconds for o in outcomes.values())
+    print(f"{fit} of {len(chosen)} fit; {seconds:.0f} s of compilation")
     for arch in CARDS.keys() & set(() if args.only or args.layers else args.arch):
-        floors = {(c[0], c[1]): o.floor_us for c, o in outcomes.items() if c[2:4] == ("bf16", arch) and c[5] is None}
+        found = {c: o for c, o in chosen.items() if (c.dtype, c.arch, c.fused) == ("bf16", arch, None)}
+        floors = {(case.name, case.layer): outcome.floor_us for case, outcome in found.items()}
         for name in (name for name in args.models if name.startswith("rednet") and floors):
             print(step(name, arch, args, floors))
-    return 0 if fit == len(cases) else 1
+    return 0 if fit == len(chosen) else 1
 
 
 def step(name: str, arch: int, args: argparse.Namespace, floors: Floors) -> str:
@@ -97,12 +114,25 @@ def plan(args: argparse.Namespace) -> Iterator[Case]:
                 continue
             for name in launches(layer, DTYPES[dtype], args.batch, fused):
                 if not args.only or name in args.only:
-                    yield name, layer, dtype, arch, args.batch, fused
+                    case = Case(name, layer, dtype, arch, args.batch, fused)
+                    yield case
+                    if args.tiles and isinstance(layer, Layer):
+                        yield from (case._replace(tile=tile) for tile in tiles_beside(case))
+
+
+def launch_of(case: Case) -> Launch:
+    launch = launches(case.layer, DTYPES[case.dtype], case.batch, case.fused)[case.name]
+    return in_tile(launch, case.tile) if case.tile else launch
+
+
+def tiles_beside(case: Case) -> list[Tile]:
+    """The candidates that the rule did not choose."""
+    chosen = launch_of(case)
+    return [tile for tile in TILES if tile != (chosen.arguments["J"], chosen.arguments["GB"], chosen.warps)]
 
 
 def compile_case(case: Case) -> Outcome:
-    name, layer, dtype, arch, batch, fused = case
-    launch = launches(layer, DTYPES[dtype], batch, fused)[name]
+    launch, dtype, arch = launch_of(case), case.dtype, case.arch
     a = launch.arguments
     tile = f"{a.get('J') or a.get('BR') or a['PP']:>2}x{a.get('GB') or a['BC']}x{launch.warps}"
     try:
@@ -115,7 +145,7 @@ def compile_case(case: Case) -> Outcome:
         f"{ARCHITECTURES[arch].shared} KiB, {found.programs} at once, {found.tensor_cores:3} mma, loads to "
         f"{max(found.loads, default=0):3} bits, {found.seconds:4.1f} s, >= {found.floor_us:5.0f} us"
     )
-    return Outcome(f"{text}  {problem}", not problem, found.seconds, found.floor_us)
+    return Outcome(f"{text}  {'not chosen ' if case.tile else ''}{problem}", not problem, found.seconds, found.floor_us)
 
 
 def _problem(found: Compiled, dtype: str, arch: int) -> str:
@@ -140,6 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--kernels", choices=("as-run", "both"), default="as-run", help="both: fused and plain")
     parser.add_argument("--only", nargs="+", help="names of kernels, e.g. span_forward")
+    parser.add_argument("--tiles", action="store_true", help="each kernel in every tile: whether the rule is right")
     parser.add_argument("--layers", nargs="+", help="those whose size begins so, e.g. 512x7x7")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time")
     return parser.parse_args()

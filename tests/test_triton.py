@@ -51,7 +51,7 @@ HARD = [
 def test_compiles_for_gpus_that_are_not_here(case: tuple[str, Layer | Norm, str, int]) -> None:
     """All of RedNet-50 and of Table 6, on all architectures: scripts/check_kernels.py --models rednet50 ablation."""
     name, layer, dtype, arch = case
-    text, fine, *_ = check_kernels.compile_case((name, layer, dtype, arch, 128, None))
+    text, fine, *_ = check_kernels.compile_case(check_kernels.Case(name, layer, dtype, arch, 128))
     assert fine, text
     if name.startswith("span"):
         assert " 0 mma" not in text, text  # not on the ordinary cores
@@ -74,6 +74,19 @@ def test_the_exit_status_says_whether_all_kernels_fit(dtype: str, layer: str, st
     done = python("scripts/check_kernels.py", "--dtype", dtype, "--layers", layer, *only)
     assert done.status == status, done.stderr
     assert all(text in done.stdout + done.stderr for text in says), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
+def test_a_kernel_beside_what_the_rule_did_not_choose() -> None:
+    options = ["--arch", "90", "--layers", "32x112x112", "--only", "grad_kernel", "--jobs", "1", "--tiles"]
+    done = python("scripts/check_kernels.py", *options)
+    assert done.status == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("grad_kernel")]
+    assert ["not chosen" in line for line in lines] == [False] + 7 * [True]
+    found = {re.search(r"(\d+x\d+x\d+)  ", line)[1]: float(line.partition(">=")[2].split()[0]) for line in lines}
+    assert len(found) == 8  # each another tile
+    assert next(iter(found.values())) <= 1.04 * min(found.values()), done.stdout
+    assert "\n1 of 1 fit" in done.stdout
 
 
 def test_the_layers_of_a_model_are_found_with_their_sizes() -> None:

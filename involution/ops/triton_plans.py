@@ -121,12 +121,20 @@ def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str,
     arguments |= {"STEP": input.stride(3), "total": _runs(common, input.shape[0])}
     arguments |= {"out": out, "out_strides": out.stride(), "KSTEP": out.stride(5), "WIDE": _is_wide(grad, input, out)}
     launch = _tiled(triton_gradients.grad_kernel_kernel, arguments, tiles.grad_kernel_tile(arguments))
-    a = launch.arguments
-    return launch._replace(programs=ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"]))
+    return launch._replace(programs=_tiles(launch.arguments))
 
 
 def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:
     """The launch in a tile, with a program for each tile of runs, groups and chunks of channels."""
     a = arguments | {"J": tile.J, "GB": tile.GB}
-    programs = ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"]) * ceil(a["GC"], a["BC"])
-    return Launch(kernel, a, programs, tile.warps)
+    return Launch(kernel, a, _tiles(a) * ceil(a["GC"], a["BC"]), tile.warps)
+
+
+def _tiles(a: dict[str, Any]) -> int:
+    return ceil(a["total"], a["J"]) * ceil(a["G"], a["GB"])
+
+
+def in_tile(launch: Launch, tile: tiles.Tile) -> Launch:
+    """The same work in other tiles of runs and groups."""
+    a = launch.arguments | {"J": tile.J, "GB": tile.GB}
+    return Launch(launch.kernel, a, launch.programs // _tiles(launch.arguments) * _tiles(a), tile.warps)
