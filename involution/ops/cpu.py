@@ -8,7 +8,7 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho W
 
 import ctypes
 import functools
-import warnings
+import logging
 from collections.abc import Callable
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from . import build
 from .shapes import empty_kernel, empty_product, layout, output_hw
+
+logger = logging.getLogger("involution.ops")
 
 _FIELDS = """
     batch channels groups height width out_height out_width size stride padding dilation hidden
@@ -35,7 +37,7 @@ def _failure(level: str, half: bool) -> str | None:
     try:
         build.library(level, half)
     except build.BuildError as error:
-        warnings.warn(f"the CPU operator runs as slower torch operations: {error}", RuntimeWarning, stacklevel=2)
+        logger.warning("the CPU operator runs as slower torch operations: %s", error)
         return str(error)
     return None
 

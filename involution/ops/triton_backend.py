@@ -127,6 +127,8 @@ def span_forward(
     input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, stride: int, padding: int,
     dilation: int,
 ) -> Tensor:  # fmt: skip
+    if not tiles.make_taps(input.dtype):
+        return forward(input, composed.span_kernel(reduced, weight, bias, kernel_size), stride, padding, dilation)
     weight, bias, common = _span(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
     out = empty_output(input, input.shape[1], common["HO"], common["WO"])
     _run(plan_forward(input, None, reduced, weight, bias, out, common), input.device)
@@ -160,7 +162,7 @@ def _span_backward(
     groups = weight.shape[0] // kernel_size**2
     plain = common_arguments(input, kernel_size, groups, None, *options)
     grad_input = empty_output(input, *input.shape[1:])
-    if tiles.make_taps_again(reduced.shape[1]):
+    if tiles.make_taps_again(reduced.shape[1], input.dtype):
         rows, bias_row, common = _span(input, reduced, weight, bias, kernel_size, *options)
         _run(plan_grad_input(grad, None, reduced, rows, bias_row, grad_input, common), input.device)
     else:

@@ -8,6 +8,8 @@ later; `python scripts/check_kernels.py` prints registers, spills and shared mem
 
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Tile(NamedTuple):
     """J runs x GB groups a program, spread over `warps` of 32 threads."""
@@ -41,14 +43,22 @@ def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     return next((t for t in TILES if registers_suffice(t, a, 128 if exact else 256)), TILES[-1])
 
 
-def make_taps_again(hidden: int) -> bool:
-    """Whether the input's gradient makes its taps on the chip; else a convolution makes all kernels for that moment.
+def make_taps(dtype: torch.dtype) -> bool:
+    """Whether taps are made on the chip; else a convolution makes all kernels for that moment.
+
+    float64, which nobody trains in, would take more shared memory than GPUs but the largest have.
+    """
+    return dtype != torch.float64
+
+
+def make_taps_again(hidden: int, dtype: torch.dtype) -> bool:
+    """The same for the gradient of the input.
 
     Every row of input makes 13/7 of the forward's taps again. By the compiled kernels' floors and the bytes of the
     kernels (H100, RedNet-50) that is faster up to 32 hidden channels (stage 2: 90 us against 113), not from 64 on
     (stage 3: 74 against 57, stage 4: 55 against 31).
     """
-    return hidden < 64
+    return make_taps(dtype) and hidden < 64
 
 
 def grad_kernel_tile(a: dict[str, Any]) -> Tile:

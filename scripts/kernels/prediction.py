@@ -114,7 +114,7 @@ class _Cost(TorchDispatchMode):
             products = 2
             moved = {"grad_kernel": pixels + taps}
             self.add("involution", 2 * reduced.numel())
-            if make_taps_again(reduced.shape[1]):
+            if make_taps_again(reduced.shape[1], torch.bfloat16):
                 moved["span_grad_input"] = pixels + reduced.numel()
             else:
                 products = 3
