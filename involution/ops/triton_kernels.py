@@ -30,8 +30,7 @@ instructions counted in the compiled sm_90 code, a floor too; the floor of the m
 
 So the bytes would allow 3.7 times, but the multiply-adds (106 ps a pixel of stage 1 against 72 ps for its bytes) and
 the work around them bind first: half of the instructions are not multiply-adds (widening bf16 is 13-18 % of all).
-Backward of stage 1, issue: fused 107 (input) + 122 (reduced) + 148 (weight) = 377 us; unfused 117 + 131 + about 85 for
-the convolution's = 333 us.  Fused training pays a little time for not keeping 49 G values a pixel.
+The backward stores the kernels' gradient for a moment: docs/operator.md has what that and making it on the chip take.
 """
 
 import triton
