@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ALIGNED = 8  # channels: an operand's row of tensor cores begins at 16 bytes
+
 
 def span_kernel(reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int) -> Tensor:
     """The kernels weight @ reduced + bias: (B, R, Ho, Wo) -> (B, G, K, K, Ho, Wo)."""
@@ -47,22 +49,22 @@ def span_backward(
     """Gradients of input, reduced, weight and bias; the kernels are made a second time instead of being stored."""
     kernel = span_kernel(reduced, weight, bias, kernel_size)
     grad_input, grad_kernel = backend.backward(grad, input, kernel, stride, padding, dilation, True, True)
-    return grad_input, *span_gradients(grad_kernel, reduced, weight, bias)
+    return grad_input, *span_gradients(grad_kernel.flatten(1, 3), reduced, weight, bias)
 
 
 def span_gradients(
     grad_kernel: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients of reduced, weight and bias from the kernels' (B, G, K, K, Ho, Wo).
+    """Gradients of reduced, weight and bias from the kernels' (B, at least G*K*K, Ho, Wo); further channels are zeros.
 
     The bias' is a sum over pixels, the weight's at a hidden channel of ones: it costs no further pass over the kernels.
     """
-    hidden = weight.shape[1]
-    if bias is not None:  # channels come in eights: a row of tensor cores' operands begins at 16 bytes
-        reduced, weight = F.pad(reduced, (0, 0, 0, 0, 0, 8), value=1.0), F.pad(weight, (0, 0, 0, 0, 0, 8))
+    taps, hidden = weight.shape[:2]
+    ones = 0 if bias is None else ALIGNED
+    weight = F.pad(weight, (0, 0, 0, 0, 0, ones, 0, grad_kernel.shape[1] - taps))
     grad_reduced, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad_kernel.flatten(1, 3),
-        reduced,
+        grad_kernel,
+        F.pad(reduced, (0, 0, 0, 0, 0, ones), value=1.0),
         weight,
         None,
         [1, 1],
@@ -73,6 +75,5 @@ def span_gradients(
         1,
         [True, True, False],
     )
-    if bias is None:
-        return grad_reduced, grad_weight, None
-    return grad_reduced[:, :hidden].clone(), grad_weight[:, :hidden].clone(), grad_weight[:, hidden, 0, 0].clone()
+    grad_bias = None if bias is None else grad_weight[:taps, hidden, 0, 0].clone()
+    return grad_reduced[:, :hidden].clone(), grad_weight[:taps, :hidden].clone(), grad_bias

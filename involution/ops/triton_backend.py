@@ -18,6 +18,7 @@ from .shapes import empty_kernel, empty_output, empty_product
 from .triton_plans import (
     ACCUMULATE,
     Launch,
+    ceil,
     common_arguments,
     plan_forward,
     plan_grad_input,
@@ -169,9 +170,12 @@ def _span_backward(
         kernel = composed.span_kernel(reduced, weight, bias, kernel_size)
         _run(plan_grad_input(grad, kernel, None, None, None, grad_input, plain), input.device)
         del kernel
-    grad_kernel = empty_product(grad, groups, kernel_size)
+    taps = weight.shape[0]
+    pixels = grad.new_empty(grad.shape[0], *grad.shape[2:], ceil(taps, composed.ALIGNED) * composed.ALIGNED)
+    pixels[..., taps:] = 0
+    grad_kernel = pixels[..., :taps].unflatten(3, (groups, kernel_size, kernel_size)).permute(0, 3, 4, 5, 1, 2)
     _run(plan_grad_kernel(grad, input, grad_kernel, plain), input.device)
-    return grad_input, *composed.span_gradients(grad_kernel, reduced, weight, bias)
+    return grad_input, *composed.span_gradients(pixels.permute(0, 3, 1, 2), reduced, weight, bias)
 
 
 def norm_forward(

@@ -110,10 +110,10 @@ class _Cost(TorchDispatchMode):
         layer = Layer(size, groups, kernel_size, stride, dilation, reduced.shape[1])
         taps, pixels, products = weight.shape[0] * reduced[:, 0].numel(), x.numel() + out.numel(), 0
         moved = {"span_forward": pixels + reduced.numel()}
-        if backward:  # the bias' gradient is eight more hidden channels: reduced is copied to add them
+        if backward:  # the bias' gradient is eight more hidden channels, which copies add and take away
             products = 2
             moved = {"grad_kernel": pixels + taps}
-            self.add("involution", 2 * reduced.numel())
+            self.add("involution", 4 * reduced.numel(), launches=2)
             if make_taps_again(reduced.shape[1], torch.bfloat16):
                 moved["span_grad_input"] = pixels + reduced.numel()
             else:
