@@ -61,10 +61,12 @@ def span_gradients(
     """
     taps, hidden = weight.shape[:2]
     ones = 0 if bias is None else ALIGNED
+    if ones:
+        reduced = F.pad(reduced, (0, 0, 0, 0, 0, ones), value=1.0)
     weight = F.pad(weight, (0, 0, 0, 0, 0, ones, 0, grad_kernel.shape[1] - taps))
     grad_reduced, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad_kernel,
-        F.pad(reduced, (0, 0, 0, 0, 0, ones), value=1.0),
+        reduced,
         weight,
         None,
         [1, 1],
@@ -76,4 +78,4 @@ def span_gradients(
         [True, True, False],
     )
     grad_bias = None if bias is None else grad_weight[:taps, hidden, 0, 0].clone()
-    return grad_reduced[:, :hidden].clone(), grad_weight[:taps, :hidden].clone(), grad_bias
+    return grad_reduced[:, :hidden], grad_weight[:taps, :hidden], grad_bias

@@ -98,7 +98,7 @@ def span_involution2d(
     padding: int | None = None,
     dilation: int = 1,
 ) -> Tensor:
-    """Involution with the kernels weight @ reduced + bias, which are made tile by tile and never stored (Eqn. 6).
+    """Involution with the kernels weight @ reduced + bias, which are made tile by tile and not kept (Eqn. 6).
 
     Args:
         input: (B, C, H, W), floating point, any memory format.

@@ -1,6 +1,6 @@
 """torch.library registration: the fused operator, and autocast and FLOP formulas of all (the plain: bilinear.py).
 
-The forward operators save their inputs only; the fused one makes its kernels again in the backward, never storing them.
+The forward operators save their inputs only; the fused one makes its kernels again in the backward, and keeps none.
 
 Shape legend: B batch, C channels, G groups, K kernel size, H W input size, Ho Wo output size, R hidden channels.
 """

@@ -3,7 +3,7 @@
 """Triton kernel of the involution's other gradient, that of the kernels.
 
 Letters and runs as in triton_kernels.py.  For a row of taps it is sums over a group's channels,
-    products[v * 8 + i] = sum_c x[column i S + v D, c] grad[pixel i, c]        (N,) each.
+    products[v * RUN + i] = sum_c x[column i S + v D, c] grad[pixel i, c]        (N,) each.
 The fused operator stores them too, for as long as it takes to multiply them by weight (-> reduced) and by reduced
 (-> weight), which are matrix products of cuDNN's: made twice on the chip instead, they took longer by prediction.
 """
@@ -37,14 +37,14 @@ def load_run(grad, strides, b, y, x0, ok, width, channel, channel_ok, RUN: tl.co
 
 @triton.constexpr_function
 def place_of(tap, pixel, K, S, D, RUN):
-    """Where products_of, which goes column by column, meets this tap of this pixel; -1 if there is no such product."""
+    """Where products_of, which goes column by column, meets this tap of this pixel."""
     pairs = [
         (q, i)
         for q in range((RUN - 1) * S + (K - 1) * D + 1)
         for i in range(RUN)
         if q >= i * S and (q - i * S) % D == 0 and (q - i * S) // D < K
     ]
-    return pairs.index((pixel * S + tap * D, pixel)) if tap < K and pixel < RUN else -1
+    return pairs.index((pixel * S + tap * D, pixel))
 
 
 @triton.jit
@@ -70,8 +70,8 @@ def products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block,
                 K: tl.constexpr, S: tl.constexpr, P: tl.constexpr, D: tl.constexpr, KP: tl.constexpr,
                 BC: tl.constexpr, RUN: tl.constexpr, STEP: tl.constexpr, WIDE: tl.constexpr, ACC: tl.constexpr,
                 J: tl.constexpr, GB: tl.constexpr):  # fmt: skip
-    """Tap row u: 8 * KP tensors (N, 1), zeros for pixels from RUN and taps from K on.  grads: of the group's
-    channels, unless they are more than BC: then they are loaded here, BC at a time."""
+    """Tap row u: KP * RUN tensors (N, 1), zeros for taps from K on.  grads: of the group's channels, unless they are
+    more than BC: then they are loaded here, BC at a time."""
     EVEN: tl.constexpr = G % GB == 0 and GC % BC == 0
     tl.assume(H > 0)
     iy = y * S - P + u * D
@@ -91,9 +91,9 @@ def products_of(x, grad, x_strides, grad_strides, grads, b, y, x0, ok, u, block,
         totals = add_products(totals, x, x_strides, grads, b, iy, column, left, channel, channel_ok, W, K, S, D, RUN,
                               STEP, EVEN, ACC)  # fmt: skip
     products = ()
-    for n in tl.static_range(8 * KP):
-        if place_of(n // 8, n % 8, K, S, D, RUN) >= 0:
-            products = products + (totals[place_of(n // 8, n % 8, K, S, D, RUN)][:, None],)
+    for n in tl.static_range(KP * RUN):
+        if n // RUN < K:
+            products = products + (totals[place_of(n // RUN, n % RUN, K, S, D, RUN)][:, None],)
         else:
             products = products + (tl.zeros((J * GB, 1), ACC),)
     return products
@@ -121,7 +121,7 @@ def grad_kernel_kernel(x, grad, out, x_strides, grad_strides, out_strides, total
         for i in tl.static_range(RUN):
             taps = ()
             for v in tl.static_range(KP):
-                taps = taps + (products[v * 8 + i],)
+                taps = taps + (products[v * RUN + i],)
             mask = ((inside + i >= 0) & (inside + i < WO))[:, None] & (tl.arange(0, KP) < K)[None, :]
             values = pack(taps, 1, LOG_KP).to(out.dtype.element_ty)
             tl.store(pointers + (u * out_strides[2] + i * KSTEP), values, mask=mask)

@@ -1,4 +1,5 @@
-"""Which tile a Triton kernel works on: one configuration a shape, by a rule, never by a measurement.
+"""Which tile a Triton kernel works on, and where its taps are made: one configuration a shape, by a rule, never by a
+measurement.
 
 A tuner would choose by what the first batch happens to be, on every rank anew; tiles whose sums run
 in another order would then give other bits. The rule takes the first candidate whose registers suffice. At every shape
