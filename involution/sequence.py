@@ -1,7 +1,7 @@
 """Layers one after the other, as ``nn.Sequential`` runs them; in training some run together.
 
-A BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual too. On the CPU, next to an
-involution, the layer behind the two joins them, and what it sees is not kept for the backward, but made again
+A BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual and on the CPU with that one's
+BatchNorm too. On the CPU, next to an involution, the layer behind the two joins them, and what it sees is not kept for the backward, but made again
 (``ops/recompute.py``). The numbers are those of the modules. Wherever anybody watches or changes a module
 (``unwatched.py``), and on other devices, layouts and types, the modules run one by one.
 """
@@ -30,11 +30,17 @@ def sequence(x: Tensor, *modules: nn.Module) -> Tensor:
     return x
 
 
-def norm_relu(x: Tensor, batch_norm: nn.Module, act: nn.Module, skip: Tensor) -> Tensor:
-    """``act(batch_norm(x) + skip)``, all of (B, C, H, W)."""
-    if _may_run_together() and _norm_and_relu(batch_norm, act) and norm.supports(x, batch_norm, skip):
-        return norm.norm_relu(x, batch_norm, skip)
-    return act(batch_norm(x) + skip)
+def add_residual(x: Tensor, batch_norm: nn.Module, act: nn.Module, source: Tensor, shortcut: nn.Module) -> Tensor:
+    """``act(batch_norm(x) + shortcut(source))``, x and the sum of (B, C, H, W)."""
+    if not (_may_run_together() and _norm_and_relu(batch_norm, act)):
+        return act(batch_norm(x) + shortcut(source))
+    layers = list(shortcut) if isinstance(shortcut, nn.Sequential) and as_it_seems(shortcut, nn.Sequential) else []
+    *before, last = layers or [shortcut]
+    skip = sequence(source, *before)
+    if is_batch_norm(last) and norm.supports_both(x, batch_norm, skip, last):
+        return norm.norm_relu(x, batch_norm, skip, last)
+    skip = last(skip)
+    return norm.norm_relu(x, batch_norm, skip) if norm.supports(x, batch_norm, skip) else act(batch_norm(x) + skip)
 
 
 def _may_run_together() -> bool:

@@ -11,17 +11,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from involution import Involution2d, create_model
 from involution.ops import cpu
-from involution.sequence import norm_relu, sequence
+from involution.sequence import add_residual, sequence
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10, torch.bfloat16: 2e-2}
+RESIDUALS = ("none", "plain", "normalised")
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 
-def run(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> Tensor:
-    return sequence(x, norm, nn.ReLU()) if skip is None else norm_relu(x, norm, nn.ReLU(), skip)
+def run(x: Tensor, norm: nn.Module, skip: Tensor | None = None) -> Tensor:
+    """relu(norm(x) [+ skip]); of two BatchNorms the second one is the residual's."""
+    norm, *others = norm if isinstance(norm, nn.Sequential) else (norm,)
+    act = nn.ReLU()
+    return sequence(x, norm, act) if skip is None else add_residual(x, norm, act, skip, nn.Sequential(*others))
+
+
+def norms_for(residual: str, channels: int, dtype: torch.dtype, **options: object) -> nn.Module:
+    count = 2 if residual == "normalised" else 1
+    return nn.Sequential(*(batch_norm(channels, dtype, **options) for _ in range(count)))
 
 
 def watch(module: nn.Module) -> nn.Module:
@@ -66,7 +75,7 @@ def assert_alike(result: list[Tensor], expected: list[Tensor], tolerance: float)
 
 
 @pytest.mark.parametrize("mode", ["training", "frozen", "average"])
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch):
     torch.manual_seed(0)
@@ -74,29 +83,30 @@ def test_batch_norm_and_relu(dtype, residual, mode, instruction_set, monkeypatch
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         batch, height, width = size
         x = image(batch, channels, height, width, dtype=dtype)
-        skip = image(batch, channels, height, width, dtype=dtype) if residual else None
+        skip = None if residual == "none" else image(batch, channels, height, width, dtype=dtype)
         inputs = (x,) if skip is None else (x, skip)
-        in_float = dtype == torch.bfloat16 and not residual  # as under autocast
-        module = batch_norm(channels, torch.float32 if in_float else dtype, momentum=None if mode == "average" else 0.1)
+        in_float = dtype == torch.bfloat16 and residual != "plain"  # as under autocast
+        momentum = None if mode == "average" else 0.1
+        module = norms_for(residual, channels, torch.float32 if in_float else dtype, momentum=momentum)
         other = copy.deepcopy(module).to(exactly(x).dtype)
         for m in (module, other):
             m.train(mode != "frozen")
         for _ in range(2):  # the second time on statistics that have changed
             names = operators(monkeypatch)
             result = everything(run(x, module, skip), module, *inputs)
-            assert names == ["norm_forward", "norm_backward"]
+            assert names == ["norm_statistics"] * len(module) + ["norm_apply", "norm_backward"]
             others = [exactly(t) for t in inputs]
-            plain = sum(others[1:], other(others[0]))
+            plain = sum((nn.Sequential(*other[i : i + 1])(t) for i, t in enumerate(others[1:], 1)), other[0](others[0]))
             assert_alike(result, everything(plain.relu(), other, *others), TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_images_that_no_cache_holds_are_written_past_it_with_the_same_bits(dtype, residual, instruction_set):
     torch.manual_seed(0)
-    module = batch_norm(64, torch.float32 if dtype == torch.bfloat16 else dtype).eval()
-    inputs = [image(20, 64, 96, 96, dtype=dtype) for _ in range(1 + residual)]
-    out, *grads = everything(run(inputs[0], module, *inputs[1:]), module, *inputs)[: 2 + residual]
+    module = norms_for(residual, 64, torch.float32 if dtype == torch.bfloat16 else dtype).eval()
+    inputs = [image(20, 64, 96, 96, dtype=dtype) for _ in range(1 if residual == "none" else 2)]
+    out, *grads = everything(run(inputs[0], module, *inputs[1:]), module, *inputs)[: 1 + len(inputs)]
     torch.manual_seed(1)
     grad = torch.randn_like(out, dtype=torch.float64).bfloat16().to(dtype)
     for n in (0, 19):
@@ -107,18 +117,17 @@ def test_images_that_no_cache_holds_are_written_past_it_with_the_same_bits(dtype
             assert torch.equal(found, expected[n : n + 1])
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("training", [False, True])
 def test_derivatives_of_batch_norm_and_relu(training, residual):
     torch.manual_seed(0)
-    module = batch_norm(3, torch.float64).train(training)
-    x = image(2, 3, 2, 2, dtype=torch.float64)
-    skip = image(2, 3, 2, 2, dtype=torch.float64) if residual else None
+    module = norms_for(residual, 3, torch.float64).train(training)
+    images = [image(2, 3, 2, 2, dtype=torch.float64) for _ in range(1 if residual == "none" else 2)]
 
-    def function(x: Tensor, weight: Tensor, bias: Tensor, *skip: Tensor) -> Tensor:
-        return run(x, module, *skip)
+    def function(*inputs: Tensor) -> Tensor:
+        return run(inputs[0], module, *inputs[1 : len(images)])
 
-    inputs = (x, *module.parameters()) if skip is None else (x, *module.parameters(), skip)
+    inputs = (*images, *module.parameters())
     assert torch.autograd.gradcheck(function, inputs)
     assert torch.autograd.gradgradcheck(function, inputs)
 

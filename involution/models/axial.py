@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from involution.checks import NotTraced, SizeError, check_odd, check_positive
 from involution.kernel_generation import stride_pool
 from involution.models.staged import StagedNetwork
-from involution.sequence import norm_relu, sequence
+from involution.sequence import add_residual, sequence
 
 HEADS = 8
 QUERIES = 14  # a block of them shares its keys where the span is limited
@@ -129,7 +129,7 @@ class AxialBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = sequence(x, self.conv_down, self.bn1, self.act1, self.height, self.width)
         y = self.conv_up(self.act2(self.pool(y)))
-        return norm_relu(y, self.bn2, self.act3, skip=self.downsample(x))
+        return add_residual(y, self.bn2, self.act3, x, self.downsample)
 
 
 class ConvolutionStem(nn.Sequential):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from involution.checks import check_positive, check_share
 from involution.models.staged import StagedNetwork
-from involution.sequence import norm_relu, sequence
+from involution.sequence import add_residual, sequence
 
 EXPANSION = 4
 STAGE_WIDTHS = (64, 128, 256, 512)
@@ -70,7 +70,7 @@ class Bottleneck(nn.Module):
         branch = sequence(x, self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.act2, self.conv3)
         if self.training and self.drop_path_rate:
             return self.act3(drop_path(self.bn3(branch), self.drop_path_rate) + self.downsample(x))
-        return norm_relu(branch, self.bn3, self.act3, skip=self.downsample(x))
+        return add_residual(branch, self.bn3, self.act3, x, self.downsample)
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:

@@ -61,5 +61,6 @@ def gradients(function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor | N
     with torch.enable_grad():
         aliases = [t.view_as(t) if t is not None and t.requires_grad else t for t in inputs]
         wanted = [t for t in aliases if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(function(*aliases), wanted, grad, create_graph=create_graph))
+        results = torch.autograd.grad(function(*aliases), wanted, grad, create_graph=create_graph) if wanted else ()
+        found = iter(results)
     return [next(found) if t is not None and t.requires_grad else None for t in aliases]

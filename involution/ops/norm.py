@@ -1,6 +1,7 @@
 """BatchNorm in training and the ReLU behind it as one operator, on the CPU (csrc/norm.h) and on a GPU (triton_norm.py).
 
 Torch takes 14 passes over memory for the two and their backward, this takes 8, and 11 instead of 17 with a residual.
+A residual's own BatchNorm may join them (on the CPU): 15 passes instead of 27, or 19 with it apart.
 What a backward uses was saved by its forward: the module may be another by then.
 
 Shape legend: B batch, C channels, H W size.
@@ -35,6 +36,12 @@ def supports(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> boo
     """Whether ``norm_relu`` takes these."""
     same = skip is None or (_plain(skip) and skip.shape == x.shape and skip.dtype == x.dtype)
     return same and fits(norm, x, x.shape[1]) and (takes(x) or _takes_on_gpu(x, norm))
+
+
+def supports_both(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor, skip_norm: nn.BatchNorm2d) -> bool:
+    """Whether ``norm_relu`` takes a residual with a BatchNorm of its own."""
+    alike = norm.training == skip_norm.training and parts_of(norm, len(x)) == parts_of(skip_norm, len(x))
+    return alike and takes(x) and supports(x, norm, skip) and fits(skip_norm, skip, skip.shape[1])
 
 
 def takes(x: Tensor) -> bool:
@@ -72,9 +79,16 @@ def fits(norm: nn.BatchNorm2d, x: Tensor, channels: int) -> bool:
     return all(t is not None and t.shape == (channels,) and t.dtype in types and t.device == x.device for t in tensors)
 
 
-def norm_relu(x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None) -> Tensor:
-    """x (B, C, H, W) -> relu(norm(x) [+ skip]); ``supports`` says for what."""
-    return _NormReLU.apply(x, norm.weight, norm.bias, skip, norm.running_mean, norm.running_var, describe(norm, x))
+def norm_relu(
+    x: Tensor, norm: nn.BatchNorm2d, skip: Tensor | None = None, skip_norm: nn.BatchNorm2d | None = None
+) -> Tensor:
+    """x (B, C, H, W) -> relu(norm(x) [+ skip]); ``supports`` says for what. Or relu(norm(x) + skip_norm(skip)):
+    ``supports_both``."""
+    own = norm.running_mean, norm.running_var, describe(norm, x)
+    if skip is None or skip_norm is None:
+        return _NormReLU.apply(x, norm.weight, norm.bias, skip, None, None, own, None)
+    of_skip = skip_norm.running_mean, skip_norm.running_var, describe(skip_norm, skip)
+    return _NormReLU.apply(x, norm.weight, norm.bias, skip, skip_norm.weight, skip_norm.bias, own, of_skip)
 
 
 def describe(norm: nn.BatchNorm2d, x: Tensor, rows: int | None = None) -> Norm:
@@ -99,57 +113,71 @@ def _each_part(parts: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | N
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm, skip: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm, skip: Tensor | None = None,
+    skip_coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """relu(norm(x) [+ skip]), and the coefficients (parts, 4, C) that the backward needs (a GPU's are 6); updates mean
-    and var in training."""
+    and var in training. skip_coefficients: of ``statistics``, where skip is to be normalised too."""
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
         options = problem.momentum, problem.eps, bool(problem.training)
         return backend.norm_forward(x, weight, bias, mean, var, *options, skip, problem.parts)
+    coefficients = statistics(x, weight, bias, mean, var, problem)
+    return _apply(x, coefficients, skip, skip_coefficients), coefficients
+
+
+def statistics(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, problem: Norm) -> Tensor:
+    """The coefficients (parts, 4, C) of a batch on the CPU; updates mean and var in training."""
     sums = cpu.wide(x.dtype)
-    out, coefficients = torch.empty_like(x), x.new_empty(problem.parts, 4, x.shape[1], dtype=sums)
+    coefficients = x.new_empty(problem.parts, 4, x.shape[1], dtype=sums)
     weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
-    for of_x, of_skip, k, of_out in _each_part(problem.parts, x, skip, coefficients, out):
-        cpu.call("norm_forward", x.dtype, problem, of_x, of_skip, weight, bias, new_mean, new_var, k, of_out)
+    for of_x, k in _each_part(problem.parts, x, coefficients):
+        cpu.call("norm_statistics", x.dtype, problem, of_x, weight, bias, new_mean, new_var, k)
     for statistic, new in ((mean, new_mean), (var, new_var)):
         if new is not statistic and problem.training:
             statistic.copy_(new)
-    return out, coefficients
+    return coefficients
 
 
 def remake(x: Tensor, coefficients: Tensor) -> Tensor:
     """The result of ``forward`` without a skip again, to the last bit."""
     backend: Any = backends.choose(x, x)
-    if backend is not cpu:
-        return backend.norm_remake(x, coefficients)
+    return _apply(x, coefficients) if backend is cpu else backend.norm_remake(x, coefficients)
+
+
+def _apply(
+    x: Tensor, coefficients: Tensor, skip: Tensor | None = None, skip_coefficients: Tensor | None = None
+) -> Tensor:
     out, parts = torch.empty_like(x), len(coefficients)
     problem = Norm(x.numel() // x.shape[1] // parts, x.shape[1], torch.get_num_threads())
-    for of_x, k, of_out in _each_part(parts, x, coefficients, out):
-        cpu.call("norm_apply", x.dtype, problem, of_x, k, of_out)
+    for tensors in _each_part(parts, x, skip, coefficients, skip_coefficients, out):
+        cpu.call("norm_apply", x.dtype, problem, *tensors)
     return out
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    coefficients: Tensor,
-    problem: Norm,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of x, weight, bias and skip. out: the result where there was a skip."""
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm,
+    out: Tensor | None = None, skip: Tensor | None = None, skip_coefficients: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of x, weight, bias, skip and skip's weight; that of skip's bias is that of the bias.
+
+    Args:
+        out: the result where there was a skip.
+        skip, skip_coefficients: where it was normalised.
+    """
     grad = grad.contiguous(memory_format=torch.channels_last)
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
-        return backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out)
+        return *backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out), None
     grad_x, parts = torch.empty_like(x), problem.parts
     grad_skip = None if out is None else torch.empty_like(x)
-    grad_weight, grad_bias = (coefficients.new_empty(parts, x.shape[1]) for _ in range(2))
-    for tensors in _each_part(parts, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias):
+    by_channel = [coefficients.new_empty(parts, x.shape[1]) for _ in range(2 if skip is None else 3)]
+    images = grad, x, out, skip, coefficients, skip_coefficients, grad_x, grad_skip
+    for tensors in _each_part(parts, *images, *(by_channel if len(by_channel) == 3 else (*by_channel, None))):
         cpu.call("norm_backward", x.dtype, problem, *tensors)
-    return grad_x, grad_weight.sum(0).to(weight.dtype), grad_bias.sum(0).to(bias.dtype), grad_skip
+    # weights may have the images' type or that of sums: autograd gives each gradient its weight's
+    grad_weight, grad_bias, *grad_skip_weight = (g.sum(0).to(weight.dtype) for g in by_channel)
+    return grad_x, grad_weight, grad_bias, grad_skip, grad_skip_weight[0] if grad_skip_weight else None
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:
@@ -164,6 +192,8 @@ def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem
 
 
 class _NormReLU(torch.autograd.Function):
+    """own, of_skip: running mean and variance and the problem of the BatchNorm, and of the residual's if it has one."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -171,21 +201,30 @@ class _NormReLU(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         skip: Tensor | None,
-        mean: Tensor,
-        var: Tensor,
-        problem: Norm,
+        skip_weight: Tensor | None,
+        skip_bias: Tensor | None,
+        own: tuple[Tensor, Tensor, Norm],
+        of_skip: tuple[Tensor, Tensor, Norm] | None,
     ) -> Tensor:
-        out, coefficients = forward(x, weight, bias, mean, var, problem, skip)
-        ctx.problem = problem
-        differentiable.keep(ctx, x, weight, bias, coefficients, None if skip is None else out)
+        skip_coefficients = None
+        if skip is not None and skip_weight is not None and skip_bias is not None and of_skip is not None:
+            skip_coefficients = statistics(skip, skip_weight, skip_bias, *of_skip)
+        out, coefficients = forward(x, weight, bias, *own, skip, skip_coefficients)
+        ctx.problem, ctx.skip_problem = own[-1], None if of_skip is None else of_skip[-1]
+        of_skips = (None if of_skip is None else skip, skip_weight, skip_bias, skip_coefficients)
+        differentiable.keep(ctx, x, weight, bias, coefficients, None if skip is None else out, *of_skips)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, coefficients, out = differentiable.kept(ctx)
+        x, weight, bias, coefficients, out, skip, skip_weight, skip_bias, skip_coefficients = differentiable.kept(ctx)
         if not differentiable.again(grad):
-            return (*backward(grad, x, weight, bias, coefficients, ctx.problem, out), None, None, None)
+            found = backward(grad, x, weight, bias, coefficients, ctx.problem, out, skip, skip_coefficients)
+            return *found, None if skip is None else found[2], None, None
         grad = grad * ((remake(x, coefficients) if out is None else out) > 0)
         function = partial(again, coefficients=coefficients, problem=ctx.problem)
         grads = differentiable.gradients(function, grad, x, weight, bias)
-        return (*grads, None if out is None else grad, None, None, None)
+        if skip_coefficients is None:
+            return *grads, None if out is None else grad, None, None, None, None
+        function = partial(again, coefficients=skip_coefficients, problem=ctx.skip_problem)
+        return *grads, *differentiable.gradients(function, grad, skip, skip_weight, skip_bias), None, None

@@ -93,7 +93,8 @@ class Involution(NamedTuple):
         reduced, coefficients = kept
         hidden = norm.remake(reduced, coefficients)
         grad_x, grad_hidden, *grad_span = cpu.span_backward(grad, x, hidden, span, span_bias, *self._window())
-        grad_reduced, *grad_norm, _ = norm.backward(grad_hidden, reduced, weight, bias, coefficients, self.problem)
+        grads = norm.backward(grad_hidden, reduced, weight, bias, coefficients, self.problem)
+        grad_reduced, *grad_norm = grads[:3]
         grad_reduce, pooled = torch.empty_like(reduce, dtype=cpu.wide(x.dtype)), self._pool(x)
         grad_pooled = grad_x if pooled is x else torch.empty_like(pooled)
         rows, channels = pooled.numel() // pooled.shape[1], pooled.shape[1]
@@ -184,5 +185,4 @@ class _Layer(torch.autograd.Function):
         grad_seen, *grads = ctx.options.backward(grad, kept, needs, seen, *operands)
         if coefficients is None:
             return grad_seen, None, None, *nothing, *grads
-        grad_x, *grad_norm, _ = norm.backward(grad_seen, x, weight, bias, coefficients, ctx.problem)
-        return grad_x, *grad_norm, *nothing, *grads
+        return *norm.backward(grad_seen, x, weight, bias, coefficients, ctx.problem)[:3], *nothing, *grads

@@ -3,6 +3,7 @@
 Shapes as in functional.py.
 """
 
+import contextlib
 import functools
 import subprocess
 from typing import Any
@@ -31,12 +32,8 @@ KERNELS_AT_ONCE = 2**28  # values that a backward may store: 512 MB in 16 bits; 
 
 def _run(launch: Launch, device: torch.device) -> None:
     assert launch.programs > 0
-    options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
-    if INTERPRETED:
-        launch.kernel[(launch.programs,)](**launch.arguments, **options)
-        return
-    with torch.cuda.device(device):  # multiply-adds stay fused whatever Triton's default is (3.10 changes it)
-        launch.kernel[(launch.programs,)](**launch.arguments, **options)
+    with contextlib.nullcontext() if INTERPRETED else torch.cuda.device(device):
+        launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
 
 
 @functools.cache

@@ -19,12 +19,22 @@ ACCUMULATE = {torch.float64: tl.float64} | dict.fromkeys((torch.float32, torch.f
 
 
 class Launch(NamedTuple):
-    """A kernel, its arguments with those of its tile, the number of programs and the warps of each."""
+    """A kernel, its arguments with those of its tile, the number of programs and the warps of each.
+
+    Args:
+        registers: at most so many a thread; None leaves it to the compiler (``tiles.registers``).
+    """
 
     kernel: Any
     arguments: dict[str, Any]
     programs: int
     warps: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The compiler's. Multiply-adds stay fused whatever Triton's default is (3.10 changes it)."""
+        return {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True, "maxnreg": self.registers}
 
 
 def ceil(a: int, b: int) -> int:
@@ -127,7 +137,7 @@ def plan_grad_kernel(grad: Tensor, input: Tensor, out: Tensor, common: dict[str,
 def _tiled(kernel: Any, arguments: dict[str, Any], tile: tiles.Tile) -> Launch:
     """The launch in a tile, with a program for each tile of runs, groups and chunks of channels."""
     a = arguments | {"J": tile.J, "GB": tile.GB}
-    return Launch(kernel, a, _tiles(a) * ceil(a["GC"], a["BC"]), tile.warps)
+    return Launch(kernel, a, _tiles(a) * ceil(a["GC"], a["BC"]), tile.warps, tiles.registers(a))
 
 
 def _tiles(a: dict[str, Any]) -> int:
@@ -137,4 +147,5 @@ def _tiles(a: dict[str, Any]) -> int:
 def in_tile(launch: Launch, tile: tiles.Tile) -> Launch:
     """The same work in other tiles of runs and groups."""
     a = launch.arguments | {"J": tile.J, "GB": tile.GB}
-    return Launch(launch.kernel, a, launch.programs // _tiles(launch.arguments) * _tiles(a), tile.warps)
+    programs = launch.programs // _tiles(launch.arguments) * _tiles(a)
+    return launch._replace(arguments=a, programs=programs, warps=tile.warps)

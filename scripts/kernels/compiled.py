@@ -65,7 +65,7 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     """
     target = GPUTarget("cuda", arch, 32)
     function, backend = launch.kernel, make_backend(target)
-    arguments = launch.arguments | {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
+    arguments = launch.arguments | launch.options
     bind = create_function_from_signature(function.signature, function.params, backend)
     options, signature, constants, attributes = function._pack_args(backend, arguments, *bind(**arguments))
     begin = time.perf_counter()

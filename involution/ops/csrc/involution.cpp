@@ -130,16 +130,19 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
     void involution_bottleneck_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {        \
         bottleneck_forward<A>(*p, x, packed, out);                                                                    \
     }                                                                                                                 \
-    void involution_norm_forward_##NAME(const Norm* n, const T* x, const T* skip, const A* weight, const A* bias,     \
-                                        A* running_mean, A* running_var, A* coefficients, T* out) {                   \
-        norm_forward(*n, x, skip, weight, bias, running_mean, running_var, coefficients, out);                        \
+    void involution_norm_statistics_##NAME(const Norm* n, const T* x, const A* weight, const A* bias,                 \
+                                           A* running_mean, A* running_var, A* coefficients) {                        \
+        norm_statistics(*n, x, weight, bias, running_mean, running_var, coefficients);                                \
     }                                                                                                                 \
-    void involution_norm_apply_##NAME(const Norm* n, const T* x, A* coefficients, T* out) {                           \
-        norm_apply(*n, x, static_cast<const T*>(nullptr), coefficients, out);                                         \
+    void involution_norm_apply_##NAME(const Norm* n, const T* x, const T* skip, A* coefficients,                      \
+                                      A* skip_coefficients, T* out) {                                                 \
+        norm_apply(*n, x, skip, coefficients, skip_coefficients, out);                                                \
     }                                                                                                                 \
-    void involution_norm_backward_##NAME(const Norm* n, const T* grad, const T* x, const T* out, A* coefficients,     \
-                                         T* grad_x, T* grad_skip, A* grad_weight, A* grad_bias) {                     \
-        norm_backward(*n, grad, x, out, coefficients, grad_x, grad_skip, grad_weight, grad_bias);                     \
+    void involution_norm_backward_##NAME(const Norm* n, const T* grad, const T* x, const T* out, const T* skip,       \
+                                         A* coefficients, A* skip_coefficients, T* grad_x, T* grad_skip,              \
+                                         A* grad_weight, A* grad_bias, A* grad_skip_weight) {                         \
+        norm_backward(*n, grad, x, out, skip, coefficients, skip_coefficients, grad_x, grad_skip, grad_weight,        \
+                      grad_bias, grad_skip_weight);                                                                   \
     }                                                                                                                 \
     void involution_pointwise_backward_##NAME(const Pointwise* p, const T* grad, const T* x, const T* weight,         \
                                               T* grad_x, A* grad_weight) {                                            \

@@ -1,5 +1,6 @@
 // BatchNorm in training and the ReLU behind it, max(0, scale * x + shift [+ skip]), without a pass over memory for
-// anything but the sums and the result. All images are dense channels_last, [rows][channels].
+// anything but the sums and the result; skip may have a BatchNorm of its own. All images are dense channels_last,
+// [rows][channels].
 #pragma once
 #include <cmath>
 
@@ -32,35 +33,36 @@ int deal_rows(const Norm& n, F f) {
     return team;
 }
 
-// Adds up two values of every place over the rows, [2][channels]: f(V, place, channel, sum, other sum) for registers V.
+// Adds up N values of every place over the rows, [N][channels]: f(V, place, channel, V sums[N]) for registers V.
 // In A over as many rows as keep the rounding small, in double beyond.
-template <class A, class F>
+template <class A, int N, class F>
 std::vector<double> sum_rows(const Norm& n, F f) {
     const int64_t channels = n.channels;
-    std::vector<double> total(2 * channels * n.threads, 0.0);
+    std::vector<double> total(N * channels * n.threads, 0.0);
     const int team = deal_rows(n, [&](int64_t row, int64_t last, int thread) {
         const F add = f;  // a copy, whose captures stay in registers: stores might change those of the original
-        A* sums = scratch<A>(4, 2 * channels);
+        A* sums = scratch<A>(4, N * channels);
         while (row < last) {
-            std::fill(sums, sums + 2 * channels, A(0));
+            std::fill(sums, sums + N * channels, A(0));
             const auto take = [&](auto rows) INLINED {
                 each_register<A>(0, channels, [&](auto lanes, int64_t c) INLINED {
                     typedef Vec<A, decltype(lanes)::value> V;
-                    V sum = load<V>(sums + c), other = load<V>(sums + channels + c);
+                    V sum[N];
+                    unroll<N>([&](auto j) INLINED { sum[j] = load<V>(sums + j * channels + c); });
                     unroll<decltype(rows)::value>([&](auto i) INLINED {
-                        add(V{}, (row + i) * channels + c, c, sum, other);
+                        add(V{}, (row + i) * channels + c, c, sum);
                     });
-                    store(sums + c, sum), store(sums + channels + c, other);
+                    unroll<N>([&](auto j) INLINED { store(sums + j * channels + c, sum[j]); });
                 });
                 row += decltype(rows)::value;
             };
             const int64_t end = std::min(row + 256, last);
             while (row + 8 <= end) take(Count<8>{});
             while (row < end) take(Count<1>{});
-            for (int64_t i = 0; i < 2 * channels; ++i) total[thread * 2 * channels + i] += sums[i];
+            for (int64_t i = 0; i < N * channels; ++i) total[thread * N * channels + i] += sums[i];
         }
     });
-    for (int64_t i = 2 * channels; i < team * 2 * channels; ++i) total[i % (2 * channels)] += total[i];
+    for (int64_t i = N * channels; i < team * N * channels; ++i) total[i % (N * channels)] += total[i];
     return total;
 }
 
@@ -77,10 +79,10 @@ void each_place(const Norm& n, F f) {
     });
 }
 
-// f(added): with a constant 1 where there is something to add, else 0.
+// f(added): with a constant 1 where there is something to add, 2 where that is normalised, else 0.
 template <class F>
-void with_skip(const void* skip, F f) {
-    skip ? f(Count<1>{}) : f(Count<0>{});
+void with_skip(const void* skip, const void* normalised, F f) {
+    !skip ? f(Count<0>{}) : normalised ? f(Count<2>{}) : f(Count<1>{});
 }
 
 // f(write): write(T*, value) stores what nobody reads soon; images that fill the caches would only be fetched for that.
@@ -94,32 +96,17 @@ void with_store(const Norm& n, F f, const T* a, const T* b = nullptr) {
         f(Store{});
 }
 
+// The coefficients of a batch; the running statistics follow.
 template <class A, class T>
-void norm_apply(const Norm& n, const T* x, const T* skip, A* coefficients, T* out) {
-    const Coefficients<A> k(coefficients, n.channels);
-    with_skip(skip, [&](auto added) {
-        const auto run = [&](auto write) {
-            each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
-                typedef decltype(v) V;
-                V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
-                if constexpr (added) value += load<V>(skip + i);
-                write(out + i, positive(value));
-            });
-        };
-        with_store<A, T>(n, run, out);
-    });
-}
-
-template <class A, class T>
-void norm_forward(const Norm& n, const T* x, const T* skip, const A* weight, const A* bias, A* running_mean,
-                  A* running_var, A* coefficients, T* out) {
+void norm_statistics(const Norm& n, const T* x, const A* weight, const A* bias, A* running_mean, A* running_var,
+                     A* coefficients) {
     const Coefficients<A> k(coefficients, n.channels);
     std::vector<double> sums;
     if (n.training)  // of the distance to the first row: a large mean takes no digits from the variance
-        sums = sum_rows<A>(n, [=](auto v, int64_t i, int64_t c, auto& sum, auto& squares) INLINED {
+        sums = sum_rows<A, 2>(n, [=](auto v, int64_t i, int64_t c, auto* sum) INLINED {
             typedef decltype(v) V;
             const V value = load<V>(x + i) - load<V>(x + c);
-            sum += value, squares += value * value;
+            sum[0] += value, sum[1] += value * value;
         });
     for (int64_t c = 0; c < n.channels; ++c) {
         double mean = running_mean[c], variance = running_var[c];
@@ -135,14 +122,33 @@ void norm_forward(const Norm& n, const T* x, const T* skip, const A* weight, con
         k.scale[c] = k.inverse[c] * weight[c];
         k.shift[c] = bias[c] - k.mean[c] * k.scale[c];
     }
-    norm_apply(n, x, skip, coefficients, out);
 }
 
-// `out`, the forward's result, and grad_skip are null where nothing was added.
+// skip may be null; skip_coefficients is where it has no BatchNorm.
 template <class A, class T>
-void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* coefficients, T* grad_x, T* grad_skip,
-                   A* grad_weight, A* grad_bias) {
-    const Coefficients<A> k(coefficients, n.channels);
+void norm_apply(const Norm& n, const T* x, const T* skip, A* coefficients, A* skip_coefficients, T* out) {
+    const Coefficients<A> k(coefficients, n.channels), of_skip(skip_coefficients ?: coefficients, n.channels);
+    with_skip(skip, skip_coefficients, [&](auto added) {
+        const auto run = [&](auto write) {
+            each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
+                typedef decltype(v) V;
+                V value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
+                if constexpr (added == 1) value += load<V>(skip + i);
+                if constexpr (added == 2)
+                    value += load<V>(skip + i) * load<V>(of_skip.scale + c) + load<V>(of_skip.shift + c);
+                write(out + i, positive(value));
+            });
+        };
+        with_store<A, T>(n, run, out);
+    });
+}
+
+// `out`, the forward's result, and grad_skip are null where nothing was added; of what has no BatchNorm, skip, its
+// coefficients and the gradient of its weight. That of its bias is grad_bias.
+template <class A, class T>
+void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, const T* skip, A* coefficients,
+                   A* skip_coefficients, T* grad_x, T* grad_skip, A* grad_weight, A* grad_bias, A* grad_skip_weight) {
+    const Coefficients<A> k(coefficients, n.channels), of_skip(skip_coefficients ?: coefficients, n.channels);
     const auto run = [&](auto added, auto write) {
         // the gradient where the ReLU was open; of NaN it was
         const auto through = [=](auto v, int64_t i, int64_t c) INLINED {
@@ -154,18 +160,25 @@ void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* co
                 value = load<V>(x + i) * load<V>(k.scale + c) + load<V>(k.shift + c);
             return value <= V{} ? V{} : load<V>(grad + i);
         };
-        const auto sums = sum_rows<A>(n, [=](auto v, int64_t i, int64_t c, auto& sum, auto& product) INLINED {
+        const auto sums = sum_rows<A, added == 2 ? 3 : 2>(n, [=](auto v, int64_t i, int64_t c, auto* sum) INLINED {
             typedef decltype(v) V;
             const V value = through(v, i, c);
             if constexpr (added) write(grad_skip + i, value);
-            sum += value, product += value * (load<V>(x + i) - load<V>(k.mean + c));
+            sum[0] += value, sum[1] += value * (load<V>(x + i) - load<V>(k.mean + c));
+            if constexpr (added == 2) sum[2] += value * (load<V>(skip + i) - load<V>(of_skip.mean + c));
         });
-        A *mean = scratch<A>(5, 2 * n.channels), *slope = mean + n.channels;
+        A *mean = scratch<A>(5, 3 * n.channels), *slope = mean + n.channels, *skip_slope = slope + n.channels;
+        // the gradient of a weight, and what a distance from the mean takes from the gradient
+        const auto weigh = [&](int64_t c, double product, A inverse, A* grad_weight, A* slope) {
+            grad_weight[c] = product * inverse;
+            slope[c] = n.training ? product / n.rows * inverse * inverse : 0;
+        };
         for (int64_t c = 0; c < n.channels; ++c) {
             grad_bias[c] = sums[c];
-            grad_weight[c] = sums[n.channels + c] * k.inverse[c];
             mean[c] = n.training ? sums[c] / n.rows : 0;
-            slope[c] = n.training ? sums[n.channels + c] / n.rows * k.inverse[c] * k.inverse[c] : 0;
+            weigh(c, sums[n.channels + c], k.inverse[c], grad_weight, slope);
+            if constexpr (added == 2)
+                weigh(c, sums[2 * n.channels + c], of_skip.inverse[c], grad_skip_weight, skip_slope);
         }
         each_place<A>(n, [=](auto v, int64_t i, int64_t c) INLINED {
             typedef decltype(v) V;
@@ -174,11 +187,16 @@ void norm_backward(const Norm& n, const T* grad, const T* x, const T* out, A* co
                 value = load<V>(grad_skip + i);
             else
                 value = through(v, i, c);
+            value = value - load<V>(mean + c);
             const V distance = load<V>(x + i) - load<V>(k.mean + c);
-            write(grad_x + i, V((value - load<V>(mean + c) - distance * load<V>(slope + c)) * load<V>(k.scale + c)));
+            write(grad_x + i, V((value - distance * load<V>(slope + c)) * load<V>(k.scale + c)));
+            if constexpr (added == 2) {
+                const V distance = load<V>(skip + i) - load<V>(of_skip.mean + c);
+                write(grad_skip + i, V((value - distance * load<V>(skip_slope + c)) * load<V>(of_skip.scale + c)));
+            }
         });
     };
-    with_skip(out, [&](auto added) {
+    with_skip(out, skip_coefficients, [&](auto added) {
         with_store<A, T>(n, [&](auto write) { run(added, write); }, grad_x, grad_skip);
     });
 }
