@@ -1,9 +1,9 @@
 """Layers one after the other, as ``nn.Sequential`` runs them; in training some run together.
 
 A BatchNorm and the ReLU behind it are one operator (``ops/norm.py``), with a residual and on the CPU with that one's
-BatchNorm too. On the CPU, next to an involution, the layer behind the two joins them, and what it sees is not kept for the backward, but made again
-(``ops/recompute.py``). The numbers are those of the modules. Wherever anybody watches or changes a module
-(``unwatched.py``), and on other devices, layouts and types, the modules run one by one.
+BatchNorm too. On the CPU, next to an involution, the layer behind the two joins them, and what it sees is not kept for
+the backward, but made again (``ops/recompute.py``). The numbers are those of the modules. Wherever anybody watches or
+changes a module (``unwatched.py``), and on other devices, layouts and types, the modules run one by one.
 """
 
 from typing import TypeGuard

@@ -44,21 +44,15 @@ std::vector<double> sum_rows(const Norm& n, F f) {
         A* sums = scratch<A>(4, N * channels);
         while (row < last) {
             std::fill(sums, sums + N * channels, A(0));
-            const auto take = [&](auto rows) INLINED {
+            // row by row, as memory is read fastest: several at a time, with sums in registers, took 1.2 times as long
+            for (const int64_t end = std::min(row + 256, last); row < end; ++row)
                 each_register<A>(0, channels, [&](auto lanes, int64_t c) INLINED {
                     typedef Vec<A, decltype(lanes)::value> V;
                     V sum[N];
                     unroll<N>([&](auto j) INLINED { sum[j] = load<V>(sums + j * channels + c); });
-                    unroll<decltype(rows)::value>([&](auto i) INLINED {
-                        add(V{}, (row + i) * channels + c, c, sum);
-                    });
+                    add(V{}, row * channels + c, c, sum);
                     unroll<N>([&](auto j) INLINED { store(sums + j * channels + c, sum[j]); });
                 });
-                row += decltype(rows)::value;
-            };
-            const int64_t end = std::min(row + 256, last);
-            while (row + 8 <= end) take(Count<8>{});
-            while (row < end) take(Count<1>{});
             for (int64_t i = 0; i < N * channels; ++i) total[thread * N * channels + i] += sums[i];
         }
     });
