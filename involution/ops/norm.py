@@ -1,7 +1,7 @@
 """BatchNorm in training and the ReLU behind it as one operator, on the CPU (csrc/norm.h) and on a GPU (triton_norm.py).
 
 Torch takes 14 passes over memory for the two and their backward, this takes 8, and 11 instead of 17 with a residual.
-A residual's own BatchNorm may join them (on the CPU): 15 passes instead of 27, or 19 with it apart.
+A residual's own BatchNorm may join them (on the CPU): 15 passes instead of 26, or 20 with it apart.
 What a backward uses was saved by its forward: the module may be another by then.
 
 Shape legend: B batch, C channels, H W size.
@@ -171,13 +171,14 @@ def backward(
         return *backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out), None
     grad_x, parts = torch.empty_like(x), problem.parts
     grad_skip = None if out is None else torch.empty_like(x)
-    by_channel = [coefficients.new_empty(parts, x.shape[1]) for _ in range(2 if skip is None else 3)]
+    wanted = (True, True, skip is not None)
+    by_channel = [coefficients.new_empty(parts, x.shape[1]) if want else None for want in wanted]
     images = grad, x, out, skip, coefficients, skip_coefficients, grad_x, grad_skip
-    for tensors in _each_part(parts, *images, *(by_channel if len(by_channel) == 3 else (*by_channel, None))):
+    for tensors in _each_part(parts, *images, *by_channel):
         cpu.call("norm_backward", x.dtype, problem, *tensors)
     # weights may have the images' type or that of sums: autograd gives each gradient its weight's
-    grad_weight, grad_bias, *grad_skip_weight = (g.sum(0).to(weight.dtype) for g in by_channel)
-    return grad_x, grad_weight, grad_bias, grad_skip, grad_skip_weight[0] if grad_skip_weight else None
+    sums: list[Any] = [None if g is None else g.sum(0).to(weight.dtype) for g in by_channel]
+    return grad_x, *sums[:2], grad_skip, sums[2]
 
 
 def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem: Norm) -> Tensor:
@@ -192,7 +193,8 @@ def again(x: Tensor, weight: Tensor, bias: Tensor, coefficients: Tensor, problem
 
 
 class _NormReLU(torch.autograd.Function):
-    """own, of_skip: running mean and variance and the problem of the BatchNorm, and of the residual's if it has one."""
+    """own, of_skip: running mean and variance and the problem of the BatchNorm, and of the residual's. A skip, and for
+    it skip_weight, skip_bias and of_skip, may be None."""
 
     @staticmethod
     def forward(
@@ -200,15 +202,13 @@ class _NormReLU(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor,
-        skip: Tensor | None,
-        skip_weight: Tensor | None,
-        skip_bias: Tensor | None,
+        skip: Any,
+        skip_weight: Any,
+        skip_bias: Any,
         own: tuple[Tensor, Tensor, Norm],
         of_skip: tuple[Tensor, Tensor, Norm] | None,
     ) -> Tensor:
-        skip_coefficients = None
-        if skip is not None and skip_weight is not None and skip_bias is not None and of_skip is not None:
-            skip_coefficients = statistics(skip, skip_weight, skip_bias, *of_skip)
+        skip_coefficients = None if of_skip is None else statistics(skip, skip_weight, skip_bias, *of_skip)
         out, coefficients = forward(x, weight, bias, *own, skip, skip_coefficients)
         ctx.problem, ctx.skip_problem = own[-1], None if of_skip is None else of_skip[-1]
         of_skips = (None if of_skip is None else skip, skip_weight, skip_bias, skip_coefficients)

@@ -37,7 +37,8 @@ def _sums(kernel: Any, x: Tensor, groups: int, arguments: dict[str, Any]) -> Lau
 
 
 def plan_statistics(x: Tensor, groups: int = 1) -> Launch:
-    """Eight programs at once have 64 registers a thread; the compiler would like a ninth, and spill."""
+    """Eight programs at once have 64 registers a thread; the compiler would like a ninth, and spill. Fewer channels
+    than 16 take more than 64, and are left alone."""
     launch = _sums(kernels.statistics_kernel, x, groups, {})
     return launch._replace(registers=64 if launch.arguments["BC"] >= 16 else None)
 
