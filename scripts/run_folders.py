@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from involution.complexity import Complexity, count
-from involution.engine.config import PLACE
+from involution.engine.same_run import PLACE
 from involution.models import DENSE, MODELS, create_model, model_defaults, without_weights
 
 

@@ -17,7 +17,7 @@ import data
 from data.folder import list_folder
 from data.policies import TrivialAugment
 from data.torch_loader import TorchBackend
-from involution.engine import build, device, distributed
+from involution.engine import build, device, rendezvous
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 
@@ -150,12 +150,12 @@ def test_what_a_gpu_cannot_repeat_is_refused_with_its_key(model: dict[str, Any],
     [("gpu[003-007,012],other", "gpu003"), ("a1", "a1"), ("node-3,node-4", "node-3"), ("x[1,3]y,z", "x1y")],
 )
 def test_the_first_of_slurms_hosts_without_scontrol(nodes, first):
-    assert distributed._first_host(nodes) == first
+    assert rendezvous._first_host(nodes) == first
 
 
 def test_hosts_that_are_written_otherwise_are_to_be_told():
     with pytest.raises(UserError, match=r"set MASTER_ADDR to the first of these hosts"):
-        distributed._first_host("rack[0-3]node[1-2]")
+        rendezvous._first_host("rack[0-3]node[1-2]")
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="asks Linux for its network's interfaces")
@@ -177,7 +177,7 @@ def test_gloo_listens_where_other_nodes_can_reach_it(monkeypatch):
             raise OSError("no address")
         return addresses[host]
 
-    assert distributed._interface(reachable) in {name for _, name in socket.if_nameindex()}
+    assert rendezvous._interface(reachable) in {name for _, name in socket.if_nameindex()}
     addresses = {"here": own, "well-kept": reachable, "rank0": "192.0.2.1"}
     for host, nodes, expected in (
         ("here", 2, "eth7"), ("here", 1, None), ("well-kept", 2, None), ("nameless", 2, "eth7"),
@@ -189,8 +189,8 @@ def test_gloo_listens_where_other_nodes_can_reach_it(monkeypatch):
         monkeypatch.delenv("GLOO_SOCKET_IFNAME")
         monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
         monkeypatch.setattr(socket, "gethostbyname", resolve)
-        monkeypatch.setattr(distributed, "_interface", lambda address: "eth7")
-        distributed._choose_interface()
+        monkeypatch.setattr(rendezvous, "_interface", lambda address: "eth7")
+        rendezvous.choose_interface()
         assert os.environ.get("GLOO_SOCKET_IFNAME") == expected
 
 

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import yaml
 from torch import Tensor
 
-from involution.engine.config import PLACE
 from involution.engine.errors import UserError
+from involution.engine.same_run import PLACE
 
 log = logging.getLogger("involution")
 

@@ -13,10 +13,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
-from involution.checks import SizeError, few, first_line
+from involution.checks import SizeError, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
-from involution.engine.config import TrainConfig, differences
+from involution.engine.config import TrainConfig
 from involution.engine.distributed import World, gather_objects, synchronised
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
@@ -24,24 +24,14 @@ from involution.engine.ghost import use_ghost_batches
 from involution.engine.meter import forget_peak_memory
 from involution.engine.optim import build_schedule, parameter_groups
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
+from involution.engine.same_run import check_ended, check_same_run
 from involution.engine.state import seed_everything, use_tf32
-from involution.engine.tasks import DataSet, check_data
+from involution.engine.tasks import check_data
 from involution.engine.trainer import Trainer
 from involution.models import MODELS, from_timm, model_options, without_weights
-from involution.weights import mismatch
 from involution.weights.run_file import State, read
 
 log = logging.getLogger("involution")
-# another value of one of these makes it another run
-DEFINING = (
-    "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
-    "train.layer_decay", "optimizer._target_", "optimizer.name",
-)  # fmt: skip
-# other values of these make a run that has ended another result
-COURSE = (
-    "optimizer.", "schedule.", "augmentation.", "data.train_size", "train.label_smoothing", "train.loss",
-    "train.clip_grad_norm", "train.ema_decay",
-)  # fmt: skip
 
 
 def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
@@ -69,7 +59,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     run.open()
     log_to(run.path / "train.log", world.is_main)
     state = state_to_resume(o.resume, run, world)
-    changed = {} if state is None else _check_same_run(state, plain, train)
+    changed = {} if state is None else check_same_run(state, plain, train)
 
     seed_everything(config.seed, world, config.deterministic, setup.SIZES_VARY)
     use_tf32(o.tf32)
@@ -107,11 +97,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     )
     if state is not None:
         trainer.load_state_dict(state)
-    if trainer.ended and (other := [f"{k} was {a}, is {b}" for k, (a, b) in changed.items() if k.startswith(COURSE)]):
-        raise UserError(
-            f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
-            "over in the same folder with train.resume=never"
-        )
+    if trainer.ended:
+        check_ended(changed)
     if world.is_main:
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
@@ -213,39 +200,6 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     if world.is_main:
         log.info("going on from %s", path)
     return found[1] if found else read(path)
-
-
-def _check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict[str, tuple[Any, Any]]:
-    """Refuse to continue a run as another one; report, and return, what else has changed."""
-    changed = differences(state["config"], now)
-    fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
-    if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
-        fatal["checkpoint"] = changed["checkpoint"]
-    others = state["data"] != data_set.fingerprint
-    if others and now["data"]["name"].endswith("folder") and "data.root" in changed:  # somebody's next data set
-        fatal["data.root"] = changed["data.root"]
-    if (before := state["class_names"]) != (names := list(data_set.class_names)):
-        first = next((i for i, (a, b) in enumerate(zip(before, names)) if a != b), min(len(before), len(names)))
-        fatal["the list of classes"] = _listed(before, first), _listed(names, first)
-    if fatal:
-        listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
-        with torch.device("meta"):
-            keys = mismatch(create_model(**without_weights(now["model"])), state["model"])
-        raise UserError(
-            f"the checkpoint to resume belongs to another run: {listed}{f' ({keys})' if keys else ''}. "
-            "Give this one another name=, or start over in the same folder with train.resume=never"
-            f"{'; to start from its weights: checkpoint=PATH' if now['train']['resume'] != 'auto' else ''}"
-        )
-    for key, (a, b) in changed.items():
-        log.warning("continuing with %s=%s, which was %s", key, b, a)
-    if others:
-        log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set.fingerprint)
-    return changed
-
-
-def _listed(names: Sequence[str], first: int) -> str:
-    """A few names from the first on that differs, and how many there are."""
-    return f"{'..., ' if first else ''}{few(names[first:])} ({len(names)})"
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -6,7 +6,6 @@ import gc
 import io
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,22 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from data import BadImageError
 from involution.checks import SizeError, strict_json
-from involution.engine import arguments, help, signals
-from involution.engine.config import hint, nearest
+from involution.engine import arguments, explain, help, signals
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
-from involution.models import model_options
 
 log = logging.getLogger("involution")
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -117,9 +112,9 @@ def run(main: Callable[[], Any], config_dir: str, config_name: str) -> None:
             raise UserError(f"cannot write to {error.filename}: {error.strerror}; {OTHER_FOLDER}") from error
         status = 0
     except HydraException as error:
-        status, message = EXIT_USAGE, _explain(error, config_dir, config_name)
+        status, message = EXIT_USAGE, explain.composition(error, config_dir, config_name)
     except OmegaConfBaseException as error:
-        status, message = EXIT_USAGE, _explain_value(error)
+        status, message = EXIT_USAGE, explain.value(error)
     except Preempted as stopped:
         status, message, requeue = EXIT_PREEMPTED, str(stopped), stopped.requeue
     except KeyboardInterrupt:
@@ -213,61 +208,3 @@ def _refuse_dashes() -> None:
         name = argument.partition("=")[0]
         if name.startswith("-") and name not in get_args_parser()._option_string_actions:
             raise UserError(f"{argument}: options are KEY=VALUE, without dashes, as in model=rednet50")
-
-
-def _explain_value(error: OmegaConfBaseException) -> str:
-    """What OmegaConf says of a value that it cannot make, with the usual reason."""
-    text = str(error).splitlines()[0]
-    if "model.backbone" in text:
-        names = [argument[6:] for argument in sys.argv[1:] if argument.startswith("model=")] or ["rednet50"]
-        text += (
-            f". The recipe is for a detector or segmentor; with this backbone: model=faster_rcnn (or retinanet, "
-            f"mask_rcnn, semantic_fpn, upernet) model.backbone.name={names[-1]}"
-        )
-    return text
-
-
-def _explain(error: Exception, config_dir: str, config_name: str) -> str:
-    """Hydra's message, with the nearest valid key or group option."""
-    text = str(error).strip()
-    if isinstance(error, OverrideParseException):
-        return arguments.explain(error.override, sys.argv[1:])
-    if key := re.search(r"Could not override '([^']+)'", text):
-        if key[1] == "data.train_size":
-            return f"there is no key {key[1]}: a detector's sizes are model.min_size and model.max_size"
-        near = hint(_nearest_key(key[1], config_dir, config_name))
-        if key[1].startswith("model.backbone.") and key[1].rpartition(".")[2] in model_options("rednet50"):
-            near = f"; an option that the backbone itself has wants a plus: +{key[1]}=VALUE"
-        return f"there is no key {key[1]}{near}"
-    if option := re.search(
-        r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)(?:\s+Config search path|$)",
-        text,
-        re.DOTALL,
-    ):
-        group, _, name = option[1].rpartition("/")
-        known = [known for known in option[3].split() if not known.startswith("_")]
-        near = hint(nearest(name, known))
-        others = f"; one of timm's would be model=timm model.name={name}" if group == "model" and not near else ""
-        return f"{group}={name} is unknown{near or others + '.'} Known: {', '.join(known)}"
-    return text
-
-
-def _nearest_key(key: str, config_dir: str, config_name: str) -> list[str]:
-    chosen = [argument for argument in sys.argv[1:] if re.fullmatch(r"\w+=\w+", argument)]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir, version_base="1.3"):
-            groups = os.listdir(config_dir)
-            config = compose(config_name, [argument for argument in chosen if argument.split("=")[0] in groups])
-    except HydraException:
-        return []
-    keys = list(_leaves(OmegaConf.to_container(config)))
-    same_name = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    return same_name[:1] or nearest(key, keys)
-
-
-def _leaves(config: Any, prefix: str = "") -> Iterator[str]:
-    for name, value in config.items():
-        yield f"{prefix}{name}"
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")

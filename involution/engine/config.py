@@ -136,15 +136,8 @@ RANGES = {  # lowest and highest value; None: no limit
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-# keys that say where or how something runs, not what: another value makes it no other run, and names no folder
-PLACE = ("name", "output_root", "device", "logging", "data.root", "data.workers", "data.loader", "train.resume")
 # "" in conf/ where the command line has to tell
 TOLD = ("model.name", "optimizer.name", "name", "checkpoint", "output_root")
-# what keys mean that earlier configurations lack
-LATER = {
-    "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
-    "train.loss": "cross_entropy", **augmentation.OFF,
-}  # fmt: skip
 
 
 def validate(config: DictConfig, schema: type) -> Any:
@@ -267,15 +260,3 @@ def nearest(name: str, known: Any) -> list[str]:
 
 def hint(names: list[str]) -> str:
     return f"; did you mean {names[0]}?" if names else ""
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two configurations, as {key: (saved, now)}."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in saved.keys() | now.keys():
-        a, b = (values.get(key, LATER.get(prefix + key)) for values in (saved, now))
-        if isinstance(a, dict) and isinstance(b, dict):
-            found |= differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found[f"{prefix}{key}"] = (a, b)
-    return dict(sorted(found.items()))

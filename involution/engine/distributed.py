@@ -2,9 +2,6 @@
 
 import datetime
 import os
-import re
-import socket
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +9,10 @@ import torch
 import torch.distributed as dist
 
 from involution.cores import cores
+from involution.engine import rendezvous
 from involution.engine.device import choose_device, keep_freed_memory
-from involution.engine.errors import UserError
 from involution.engine.peers import Peers
 
-SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
 
 
@@ -44,8 +40,7 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     Raises:
         UserError: for a GPU that is not there.
     """
-    _adopt_submitit()
-    _adopt_slurm()
+    rendezvous.adopt()
     if "OMP_NUM_THREADS" not in os.environ and cores() < torch.get_num_threads():
         torch.set_num_threads(cores())
     rank, size, local_rank = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -58,63 +53,12 @@ def init_world(device: str = "auto", timeout_minutes: float = 10) -> World:
     timeout = datetime.timedelta(minutes=timeout_minutes, seconds=30)
     if size > 1:
         # gloo beside NCCL: flags and objects travel between CPUs and never wait for the GPU
-        _choose_interface()
+        rendezvous.choose_interface()
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store = _store_of_this_attempt(timeout)
+        store = rendezvous.store_of_this_attempt(timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         _watch(rank, size, 60 * timeout_minutes)
     return World(rank, size, chosen, timeout)
-
-
-def _choose_interface() -> None:
-    """Let gloo listen where other nodes reach this one.
-
-    It takes the address of the host's name, and the loopback's where that has none, as on many images. Then it is the
-    interface that a packet to rank 0, or on its own node to anywhere, would leave by.
-    """
-    env = os.environ
-    here = env.get("LOCAL_WORLD_SIZE")  # of torchrun; SLURM's variables may be those of a step around it
-    one_node = env.get("SLURM_STEP_NUM_NODES") == "1" if here is None else here == env["WORLD_SIZE"]
-    if one_node or "GLOO_SOCKET_IFNAME" in env or env.get("MASTER_ADDR") in (None, "localhost", "127.0.0.1"):
-        return
-    try:
-        master = socket.gethostbyname(env["MASTER_ADDR"])
-    except OSError:
-        return  # the rendezvous says more
-    with suppress(OSError), socket.socket() as probe:
-        named = socket.gethostbyname(socket.gethostname())
-        probe.bind((named, 0))  # not an address of another machine
-        if not named.startswith("127."):
-            return
-    for target in (master, "192.0.2.1"):  # the second is nobody's (RFC 5737), and connecting UDP sends nothing
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))
-            own = probe.getsockname()[0]
-            if not own.startswith("127.") and (name := _interface(own)):
-                env["GLOO_SOCKET_IFNAME"] = name
-                return
-
-
-def _interface(address: str) -> str | None:
-    """The name of the network interface with an IPv4 address (Linux)."""
-    import fcntl  # not on every system
-
-    for _, name in socket.if_nameindex():
-        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, name.encode()[:15].ljust(40, b"\0"))
-            if socket.inet_ntoa(answer[20:24]) == address:
-                return name
-    return None
-
-
-def _store_of_this_attempt(timeout: datetime.timedelta) -> dist.Store:
-    """The rendezvous' store, with keys of this attempt only.
-
-    torchrun (2.15) keeps one store for all attempts: ranks it has started again would wait for each other forever at
-    the addresses of their predecessors.
-    """
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _watch(rank: int, size: int, timeout: float) -> None:
@@ -140,45 +84,6 @@ def part() -> None:
     gather_objects(None)
     if _peers is not None:
         _peers.stop()
-
-
-def _port(job: str) -> str:
-    """Where the ranks of a job meet: jobs that share a machine have numbers of their own.
-
-    Below 32768, where Linux takes the ports of outgoing connections from.
-    """
-    return str(20000 + int(job) % 12000)
-
-
-def _adopt_submitit() -> None:
-    """Under submitit's local executor, derive from its variables what torchrun would have set."""
-    env = os.environ
-    if "RANK" in env or env.get("SUBMITIT_EXECUTOR") != "local":
-        return
-    env["RANK"], env["WORLD_SIZE"] = env["SUBMITIT_LOCAL_GLOBALID"], env["SUBMITIT_LOCAL_NTASKS"]
-    env["LOCAL_RANK"] = env["SUBMITIT_LOCAL_LOCALID"]
-    env.setdefault("MASTER_ADDR", "127.0.0.1")
-    env.setdefault("MASTER_PORT", _port(env["SUBMITIT_LOCAL_JOB_ID"]))
-
-
-def _adopt_slurm() -> None:
-    """Under srun, derive from SLURM's variables what torchrun would have set."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
-        return
-    if "MASTER_ADDR" not in env:
-        env["MASTER_ADDR"] = _first_host(env["SLURM_STEP_NODELIST"])
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_STEP_NUM_TASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    env.setdefault("MASTER_PORT", _port(env["SLURM_JOB_ID"]))
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of a list of SLURM's: gpu[003-007,012],other. (Containers have no scontrol to ask.)"""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)(?:,|$)", nodes)
-    if found is None:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes}: set MASTER_ADDR to the first of these hosts")
-    return found[1] + (found[2] or "") + found[3]
 
 
 def synchronised(wanted: Any, world: World) -> bool:

@@ -37,7 +37,7 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
         lines.append(f"  {group}={choices[group] or 'null'}")
         lines += [f"    {name:<22}{note}".rstrip() for name, note in _shortened(groups[group])]
     lines += ["", "Keys, with their values:"]
-    for key, value in _leaves(values):
+    for key, value in leaves(values):
         if re.search(r"\$\{(own|short_side):", str(value)):
             value = OmegaConf.select(config, key)
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -94,9 +94,9 @@ def _comments(file: Path) -> dict[str, str]:
     return found
 
 
-def _leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -19,9 +19,9 @@ import torch
 import yaml
 
 from involution.checks import strict_json
-from involution.engine.config import differences
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
+from involution.engine.same_run import differences
 
 log = logging.getLogger("involution")
 PACKAGES = (

@@ -15,9 +15,10 @@ from omegaconf import DictConfig, open_dict
 from involution.engine.arguments import parse, quote
 from involution.engine.build import check_model
 from involution.engine.cli import user_input
-from involution.engine.config import PLACE, TrainConfig, differences, given, validate
+from involution.engine.config import TrainConfig, given, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
+from involution.engine.same_run import PLACE, differences
 
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 

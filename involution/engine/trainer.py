@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,30 +23,11 @@ from involution.engine.options import TrainOptions
 from involution.engine.run import RunFolder
 from involution.engine.signals import StopRequest
 from involution.engine.state import rng_state, set_rng_state
-from involution.engine.tasks import Batch, Gallery, Task
+from involution.engine.tasks import Batch, Gallery, Loader, Task, TrainLoader
 from involution.weights.run_file import State
 
 log = logging.getLogger("involution")
 SAVE, STOP, REQUEUE = 1, 2, 3  # what ranks can agree on between steps; the highest wish counts
-
-
-class Loader(Protocol):
-    """This rank's batches. `skipped` are files that could not be read and were left out, {path: reason}."""
-
-    skipped: dict[str, str]
-
-    def __iter__(self) -> Iterator[Batch]: ...
-    def close(self) -> None: ...
-
-
-class TrainLoader(Loader, Protocol):
-    """An endless stream of micro-batches, whose position is nothing but the step (see data/)."""
-
-    @property
-    def steps_per_epoch(self) -> int: ...
-    def samples(self, step: int) -> int: ...
-    def micro_batches(self, step: int) -> int: ...
-    def seek(self, step: int) -> None: ...
 
 
 class Trainer:

@@ -5,7 +5,7 @@ To add one, write a module with what `Setup` lists, and name it in `task_of`; no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,7 +18,6 @@ from involution.models import DENSE
 if TYPE_CHECKING:
     from involution.engine.config import EvalConfig, TrainConfig
     from involution.engine.distributed import World
-    from involution.engine.trainer import Loader, TrainLoader
     from involution.loading import Opened
 
 
@@ -32,6 +31,25 @@ class Batch(Protocol):
     def to(self, device: torch.device, *, channels_last: bool) -> Any:
         """The batch on the device, copied beside the computation when it lies in pinned memory."""
         ...
+
+
+class Loader(Protocol):
+    """This rank's batches. `skipped` are files that could not be read and were left out, {path: reason}."""
+
+    skipped: dict[str, str]
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def close(self) -> None: ...
+
+
+class TrainLoader(Loader, Protocol):
+    """An endless stream of micro-batches, whose position is nothing but the step (see data/)."""
+
+    @property
+    def steps_per_epoch(self) -> int: ...
+    def samples(self, step: int) -> int: ...
+    def micro_batches(self, step: int) -> int: ...
+    def seek(self, step: int) -> None: ...
 
 
 class Evaluation(Protocol):

@@ -1,0 +1,93 @@
+"""Whether two configurations describe the same run: what may change when it goes on, and what may not."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from involution import create_model
+from involution.checks import few
+from involution.engine import augmentation
+from involution.engine.errors import UserError
+from involution.engine.tasks import DataSet
+from involution.models import without_weights
+from involution.weights import mismatch
+from involution.weights.run_file import State
+
+log = logging.getLogger("involution")
+# keys that say where or how something runs, not what: another value makes it no other run, and names no folder
+PLACE = ("name", "output_root", "device", "logging", "data.root", "data.workers", "data.loader", "train.resume")
+# another value of one of these makes it another run
+DEFINING = (
+    "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
+    "train.layer_decay", "optimizer._target_", "optimizer.name",
+)  # fmt: skip
+# other values of these make a run that has ended another result
+COURSE = (
+    "optimizer.", "schedule.", "augmentation.", "data.train_size", "train.label_smoothing", "train.loss",
+    "train.clip_grad_norm", "train.ema_decay",
+)  # fmt: skip
+# what keys mean that earlier configurations lack
+LATER = {
+    "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
+    "train.loss": "cross_entropy", **augmentation.OFF,
+}  # fmt: skip
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two configurations, as {key: (saved, now)}."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in saved.keys() | now.keys():
+        a, b = (values.get(key, LATER.get(prefix + key)) for values in (saved, now))
+        if isinstance(a, dict) and isinstance(b, dict):
+            found |= differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found[f"{prefix}{key}"] = (a, b)
+    return dict(sorted(found.items()))
+
+
+def check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict[str, tuple[Any, Any]]:
+    """Refuse to continue a run as another one; report, and return, what else has changed."""
+    changed = differences(state["config"], now)
+    fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
+    if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
+        fatal["checkpoint"] = changed["checkpoint"]
+    others = state["data"] != data_set.fingerprint
+    if others and now["data"]["name"].endswith("folder") and "data.root" in changed:  # somebody's next data set
+        fatal["data.root"] = changed["data.root"]
+    if (before := state["class_names"]) != (names := list(data_set.class_names)):
+        first = next((i for i, (a, b) in enumerate(zip(before, names)) if a != b), min(len(before), len(names)))
+        fatal["the list of classes"] = _listed(before, first), _listed(names, first)
+    if fatal:
+        listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
+        with torch.device("meta"):
+            keys = mismatch(create_model(**without_weights(now["model"])), state["model"])
+        raise UserError(
+            f"the checkpoint to resume belongs to another run: {listed}{f' ({keys})' if keys else ''}. "
+            "Give this one another name=, or start over in the same folder with train.resume=never"
+            f"{'; to start from its weights: checkpoint=PATH' if now['train']['resume'] != 'auto' else ''}"
+        )
+    for key, (a, b) in changed.items():
+        log.warning("continuing with %s=%s, which was %s", key, b, a)
+    if others:
+        log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set.fingerprint)
+    return changed
+
+
+def check_ended(changed: dict[str, tuple[Any, Any]]) -> None:
+    """Refuse to take a run that has ended for one with other settings, which it would have ended differently with.
+
+    Raises:
+        UserError: naming them.
+    """
+    if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key.startswith(COURSE)]:
+        raise UserError(
+            f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
+            "over in the same folder with train.resume=never"
+        )
+
+
+def _listed(names: Sequence[str], first: int) -> str:
+    """A few names from the first on that differs, and how many there are."""
+    return f"{'..., ' if first else ''}{few(names[first:])} ({len(names)})"
