@@ -9,7 +9,7 @@ import torch
 
 from data.bands import BY_PILLOW
 from data.datasets import DataSplits, open_dataset
-from data.decode import MAX_PIXELS, BadImageError
+from data.decode import MAX_PIXELS, BadImageError, LostDataError
 from data.erasing import Erasing
 from data.image_list import ImageList
 from data.loader import Backend, Batch, EvalLoader, Settings, TrainLoader
@@ -25,6 +25,7 @@ __all__ = [
     "DataSplits",
     "EvalLoader",
     "ImageList",
+    "LostDataError",
     "Mixing",
     "TrainLoader",
     "check_bands",

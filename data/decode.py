@@ -33,6 +33,17 @@ class BadImageError(ValueError):
         return type(self), (self.path, self.reason)
 
 
+class LostDataError(RuntimeError):
+    """File after file cannot be read: the data set, its disk or network is gone, and nothing is to be learned."""
+
+    def __init__(self, last: BadImageError) -> None:
+        super().__init__(
+            f"file after file cannot be read, the last one {last.path!r}: {last.reason}. That is more than "
+            "data.on_error=skip is for: is the data set still there? The run's last checkpoint is intact; start it "
+            "again to continue"
+        )
+
+
 def decode(
     data: bytes, path: str, max_pixels: int = MAX_PIXELS, annotated: tuple[int, int] | None = None
 ) -> Image.Image:

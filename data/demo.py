@@ -3,7 +3,6 @@
 It walks the same path as ImageNet (JPEG decoding, random resized crop, DALI) without a download.
 """
 
-import fcntl
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from involution.cache import cache_dir, writable_cache_dir
+from involution.outage import wait_for_lock
 
 SIZE = 64  # pixels; the digits are 8 x 8
 VAL_SHARE = 5  # every fifth image of a class is for validation
@@ -25,7 +25,7 @@ def write_once(target: Path, write: Callable[[Path], None]) -> Path:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.parent / f".{target.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         if not target.is_dir():
             temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
             try:

@@ -152,7 +152,7 @@ class DetectionTrainLoader(TrainLoader):
         return by_orientation(super()._order(epoch), sizes[:, 0] > sizes[:, 1], self.plan.global_batch_size)
 
     def _accept(self, loaded: Any) -> Any:
-        self._note(loaded.bad)
+        self._note(loaded.bad, loaded.valid)
         return loaded
 
 
@@ -160,7 +160,7 @@ class DetectionEvalLoader(EvalLoader):
     """See data.loader.EvalLoader."""
 
     def _accept(self, loaded: Any) -> Any:
-        self._note(loaded.bad)
+        self._note(loaded.bad, loaded.valid)
         return loaded._replace(dataset=self.dataset)
 
 

@@ -8,9 +8,9 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from data.image_list import NO_FILE, ImageList, Names
 from involution.cache import cache_dir
+from involution.outage import wait_for_lock
 
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".ppm", b".bmp", b".pgm", b".tif", b".tiff", b".webp")  # torchvision's
 _SETTLED = 2_000_000_000  # ns a folder must have been left alone before its listing is worth keeping
@@ -57,7 +58,9 @@ def list_folder(root: Path, may_be_empty: bool = False) -> ImageList:
     cache = cache_file(root)
     images = _load(cache, root, classes)
     if images is None:
-        images = _scan(root, classes, cache)
+        with _turn(cache):  # of many ranks one asks a file server for a million sizes, the others find what it noted
+            images = _load(cache, root, classes)
+            images = _scan(root, classes, cache) if images is None else images
     counts = np.bincount(images.targets, minlength=len(classes))
     if not (counts.any() if may_be_empty else counts.all()):
         empty = [classes[i] for i in np.flatnonzero(counts == 0)]
@@ -68,6 +71,20 @@ def list_folder(root: Path, may_be_empty: bool = False) -> ImageList:
             "or remove them here and in val"
         )
     return images
+
+
+@contextlib.contextmanager
+def _turn(cache: Path) -> Iterator[None]:
+    """While nobody else makes this listing; without waiting where the cache cannot be written."""
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        lock = open(cache.with_suffix(".lock"), "w")  # noqa: SIM115
+    except OSError:
+        yield
+        return
+    with lock:
+        wait_for_lock(lock)
+        yield
 
 
 def _walk(folder: bytes, inside: bytes) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
@@ -130,15 +147,14 @@ def save_arrays(cache: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes whole or not at all; several ranks may do so at once. A full or read-only disk only costs time."""
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=cache.parent, suffix=".npz")
+        temporary = cache.with_name(f".{uuid.uuid4().hex}.npz")  # mkstemp's would be for this user alone
+        try:
+            np.savez(temporary, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, cache)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError:
         return
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, cache)
-    except OSError:
-        os.unlink(temporary)
 
 
 def load_arrays(cache: Path) -> dict[str, np.ndarray] | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from data.decode import BadImageError
+from involution.outage import patiently
 
 NO_FILE = "it is a pipe, a socket or a device, no file"
 
@@ -19,13 +20,27 @@ def read_file(path: str) -> bytes:
     Raises:
         BadImageError: it cannot be read, or is no file.
     """
-    try:
+
+    def read() -> bytes:
         with open(path, "rb", buffering=0, opener=_without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise BadImageError(path, NO_FILE)
             return file.read()
+
+    try:
+        return patiently(read)
     except OSError as error:
         raise BadImageError(path, error.strerror or str(error)) from error
+
+
+def read_span(path: str, offset: int, size: int) -> bytes:
+    """A part of a file; an outage of the disk or network is waited for, as in `read_file`."""
+
+    def read() -> bytes:
+        with open(path, "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
+
+    return patiently(read)
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -106,8 +121,7 @@ class ImageList:
             return read_file(self.paths[index])
         shard, offset, size = (int(number) for number in self.spans[index])
         try:
-            with open(self.shards[shard], "rb", buffering=0) as file:
-                return os.pread(file.fileno(), size, offset)
+            return read_span(self.shards[shard], offset, size)
         except OSError as error:
             raise BadImageError(self.paths[index], error.strerror or str(error)) from error
 

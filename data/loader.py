@@ -15,7 +15,7 @@ from PIL import Image
 
 from data import sampling
 from data.bands import BY_PILLOW, decode_channels
-from data.decode import MAX_PIXELS, BadImageError
+from data.decode import MAX_PIXELS, BadImageError, LostDataError
 from data.erasing import Erasing
 from data.image_list import ImageList
 from data.mixing import Mixing
@@ -25,6 +25,7 @@ from data.transforms import Transform, normalise
 
 log = logging.getLogger("involution.data")
 
+IN_ROW = 16  # files that cannot be read, none between them that can: then it is not the files
 Row = TypeVar("Row")
 
 
@@ -155,7 +156,7 @@ class _Loader:
             return self._accept(next(stream))
 
     def _accept(self, loaded: Any) -> Any:
-        self._note(loaded.bad)
+        self._note(loaded.bad, loaded.request.valid)
         s = self.settings
         batch = Batch(normalise(loaded.pictures, s.mean, s.std), loaded.targets, loaded.request.valid)
         if s.erasing is not None:
@@ -166,14 +167,23 @@ class _Loader:
         mix.apply(batch.images[: batch.valid])
         return batch._replace(partners=loaded.targets[: batch.valid].flip(0), share=mix.share)
 
-    def _note(self, bad: list[BadImageError]) -> None:
-        """Raise bad files (on_error="stop") or note them in `skipped` {path: reason}."""
+    def _note(self, bad: list[BadImageError], valid: int) -> None:
+        """Raise bad files (on_error="stop") or note them in `skipped` {path: reason}; `valid` others were read.
+
+        Raises:
+            LostDataError: so many that this is no matter of single files.
+        """
         for error in bad:
             if self.on_error == "stop":
                 raise error
             if error.path not in self.skipped:
                 self.skipped[error.path] = error.reason
                 log.warning("left out %r: %s (%d files so far)", error.path, error.reason, len(self.skipped))
+        if bad and self._too_many(len(bad), valid):
+            raise LostDataError(bad[-1])
+
+    def _too_many(self, bad: int, valid: int) -> bool:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Stops workers and threads. The loader must not be used afterwards."""
@@ -190,6 +200,7 @@ class TrainLoader(_Loader):
         super().__init__(backend, settings, on_error)
         self.plan, self.seed = plan, seed
         self.epoch = self.batch = 0
+        self._unread = 0  # files since the last one that could be read
         self._stream: Iterator[Loaded] | None = None
 
     @property
@@ -232,6 +243,10 @@ class TrainLoader(_Loader):
                 yield self.plan.micro_batch(order, epoch, number)
             epoch, batch = epoch + 1, 0
 
+    def _too_many(self, bad: int, valid: int) -> bool:
+        self._unread = 0 if valid else self._unread + bad
+        return self._unread >= min(IN_ROW, len(self.dataset))
+
     def __iter__(self) -> "TrainLoader":
         return self
 
@@ -254,6 +269,9 @@ class EvalLoader(_Loader):
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    def _too_many(self, bad: int, valid: int) -> bool:
+        return len(self.skipped) > max(IN_ROW, sum(request.valid for request in self.requests) // 2)
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped.clear()  # a file may be readable again

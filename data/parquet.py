@@ -19,8 +19,9 @@ import numpy as np
 from data import parquet_pages
 from data.decode import BadImageError
 from data.folder import cache_file, load_arrays, save_arrays
-from data.image_list import NO_FILE, ImageList, Names
+from data.image_list import NO_FILE, ImageList, Names, read_span
 from data.shards import CLASSES, class_names
+from involution.outage import patiently
 
 log = logging.getLogger("involution.data")
 
@@ -53,9 +54,8 @@ class ParquetList(ImageList):
         place = parquet_pages.Place(*numbers)
         try:
             if place.stored:
-                with open(self.shards[file], "rb", buffering=0) as opened:
-                    return parquet_pages.cut(os.pread(opened.fileno(), place.stored, place.offset), place)
-            data: bytes | None = _group(self.shards[file], group)[row].as_py()
+                return parquet_pages.cut(read_span(self.shards[file], place.offset, place.stored), place)
+            data: bytes | None = patiently(lambda: _group(self.shards[file], group))[row].as_py()
         except (OSError, ValueError) as error:  # pyarrow's exceptions are among them
             raise BadImageError(self.paths[index], getattr(error, "strerror", None) or str(error)) from error
         if data is None:

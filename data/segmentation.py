@@ -210,7 +210,7 @@ class MaskTrainLoader(TrainLoader):
     """See TrainLoader."""
 
     def _accept(self, loaded: LoadedMasks) -> SegmentationBatch:
-        self._note(loaded.bad)
+        self._note(loaded.bad, loaded.valid)
         s: MaskSettings = self.settings
         pictures = loaded.pictures
         assert s.augmentation is not None
@@ -226,7 +226,7 @@ class MaskEvalLoader(EvalLoader):
     """See EvalLoader; pictures are whole, each of its own size."""
 
     def _accept(self, loaded: LoadedMasks) -> SegmentationBatch:
-        self._note(loaded.bad)
+        self._note(loaded.bad, loaded.valid)
         s: MaskSettings = self.settings
         images = [normalise(picture[None], s.mean, s.std) for picture in loaded.pictures]
         return SegmentationBatch(images, loaded.masks, loaded.indices, loaded.valid)

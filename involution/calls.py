@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from involution.checks import NotTraced
 from involution.layers import Involution2d
-from involution.unwatched import as_it_seems
+from involution.unwatched import as_it_seems, is_batch_norm
 
 
 class _Tracer(fx.Tracer):
@@ -83,7 +83,7 @@ class Calls:
             norm_node = self._reader(node)
             act_node = self._reader(norm_node) if norm_node is not None else None
             layer, norm, act = (self._module(n) if n is not None else None for n in (node, norm_node, act_node))
-            if layer is None or not isinstance(norm, nn.BatchNorm2d) or not as_it_seems(norm, nn.BatchNorm2d):
+            if layer is None or norm is None or not is_batch_norm(norm):
                 continue
             if norm.running_mean is None or norm.training or not (self.once(layer) and self.once(norm)):
                 continue

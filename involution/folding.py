@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from itertools import groupby
-from typing import TypeGuard, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from involution.calls import Calls
 from involution.checks import NotScripted, first_line
-from involution.kernel_generation import BottleneckGeneration
+from involution.kernel_generation import BottleneckGeneration, is_pointwise
 from involution.layers import Involution2d
 from involution.models.bottleneck import Bottleneck
 from involution.ops import bottleneck, folded
@@ -160,24 +160,20 @@ def _joins(block: Bottleneck) -> bool:
         return False
     convs: list[tuple[nn.Module, int]] = [(block.conv1, 1), (block.conv3, 1)]
     if isinstance(skip, nn.Sequential):
+        if not as_it_seems(skip, nn.Sequential):
+            return False
         convs.append((skip[0], layer.stride))
     elif layer.stride != 1 or block.conv1.in_channels != block.conv3.out_channels:
         return False
     gone = block.bn1, block.bn2, block.act2, block.bn3, *([*skip][1:] if isinstance(skip, nn.Sequential) else [skip])
     return (
-        all(_pointwise(conv, stride) for conv, stride in convs)
+        all(is_pointwise(conv, stride) for conv, stride in convs)
         and all(as_it_seems(module, nn.Identity) for module in gone)
         and all(as_it_seems(act, nn.ReLU) for act in (block.act1, block.act3))
         and {(t.device.type, t.dtype) for t in (*block.parameters(), layer.packed)} == {("cpu", layer.packed.dtype)}
         and not block.conv1.out_channels % folded.PANEL
         and not block.conv3.out_channels % folded.PANEL
     )
-
-
-def _pointwise(conv: nn.Module, stride: int) -> TypeGuard[nn.Conv2d]:
-    if not (isinstance(conv, nn.Conv2d) and as_it_seems(conv, nn.Conv2d)):
-        return False
-    return (conv.kernel_size, conv.stride, conv.padding, conv.groups) == ((1, 1), (stride, stride), (0, 0), 1)
 
 
 def _as_built(layer: Involution2d) -> bool:

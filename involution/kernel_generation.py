@@ -50,7 +50,7 @@ class SpanGeneration(nn.Module):
             calls_are_free()
             and type(self).forward is SpanGeneration.forward
             and unchanged(self)
-            and _pointwise(self.span)
+            and is_pointwise(self.span)
         )
 
 
@@ -77,10 +77,10 @@ class BottleneckGeneration(SpanGeneration):
         return (
             as_it_seems(self, BottleneckGeneration)
             and _pools(self.pool, stride)
-            and _pointwise(self.reduce)
+            and is_pointwise(self.reduce)
             and is_batch_norm(self.norm)
             and as_it_seems(self.act, nn.ReLU)
-            and _pointwise(self.span)
+            and is_pointwise(self.span)
         )
 
 
@@ -96,10 +96,14 @@ class LinearGeneration(SpanGeneration):
         return self.pool(x)
 
 
-def _pointwise(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
-    if not as_it_seems(conv, nn.Conv2d):
+def is_pointwise(conv: nn.Module, stride: int = 1) -> TypeGuard[nn.Conv2d]:
+    """Whether it is a 1x1 convolution, as it seems, whose tensors have the sizes that it says (somebody may have cut
+    channels out of them)."""
+    if not (isinstance(conv, nn.Conv2d) and as_it_seems(conv, nn.Conv2d)):
         return False
-    return bool(conv.kernel_size == conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1)
+    options = conv.kernel_size, conv.stride, conv.padding, conv.groups
+    shape = conv.out_channels, conv.in_channels, 1, 1
+    return options == ((1, 1), (stride, stride), (0, 0), 1) and conv.weight.shape == shape
 
 
 def _pools(pool: nn.Module, stride: int) -> bool:

@@ -114,7 +114,7 @@ class Involution2d(NotScripted, nn.Module):
         weights = reduce.weight, span.weight, *(() if span.bias is None else (span.bias,))
         if (
             reduce.bias is not None
-            or (reduce.weight.shape[1], *span.weight.shape[:2]) != (self.channels, taps, hidden)
+            or (reduce.in_channels, span.out_channels, span.in_channels) != (self.channels, taps, hidden)
             or not recompute.computes(x, *weights)
             or not norm.fits(batch_norm, x, hidden)
         ):

@@ -32,7 +32,8 @@ def sequence(x: Tensor, *modules: nn.Module) -> Tensor:
 
 def add_residual(x: Tensor, batch_norm: nn.Module, act: nn.Module, source: Tensor, shortcut: nn.Module) -> Tensor:
     """``act(batch_norm(x) + shortcut(source))``, x and the sum of (B, C, H, W)."""
-    if not (_may_run_together() and _norm_and_relu(batch_norm, act)):
+    shared = batch_norm in shortcut.modules()  # its statistics are to see the branch first
+    if shared or not (_may_run_together() and _norm_and_relu(batch_norm, act)):
         return act(batch_norm(x) + shortcut(source))
     layers = list(shortcut) if isinstance(shortcut, nn.Sequential) and as_it_seems(shortcut, nn.Sequential) else []
     *before, last = layers or [shortcut]

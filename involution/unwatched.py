@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from involution.ops import transforms
 from involution.ops.ghost import GhostBatchNorm2d
@@ -68,7 +70,7 @@ def nobody_watches() -> bool:
         or torch.jit.is_tracing()
         or not calls_are_free()
         or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
         or transforms.active()
         or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     )

@@ -41,7 +41,13 @@ def open_boards(kind: str, folder: Path, step: int, config: dict[str, Any]) -> l
     else:
         boards.append(_tensorboard(folder, step, config))
     if kind == "wandb":
-        boards.append(Wandb(folder, config))
+        began = (folder / "wandb" / "run-id").exists()
+        try:
+            boards.append(Wandb(folder, config))
+        except UserError as error:
+            if not began:
+                raise
+            log.warning("%s; the run goes on without it", error)
     return boards
 
 
@@ -82,15 +88,15 @@ class Wandb:
 
         self._wandb, known = wandb, folder / "wandb" / "run-id"
         known.parent.mkdir(exist_ok=True)
-        if not known.exists():
-            known.write_text(uuid.uuid4().hex[:8])
+        number = known.read_text() if known.exists() else uuid.uuid4().hex[:8]
         try:
             self._run = wandb.init(
-                dir=folder, id=known.read_text(), name=folder.name, config=config, resume="allow",
+                dir=folder, id=number, name=folder.name, config=config, resume="allow",
                 settings=wandb.Settings(silent=True),
             )  # fmt: skip
         except wandb.errors.Error as error:
             raise UserError(f"logging=wandb: {error}; run 'wandb login', or set WANDB_MODE=offline") from error
+        known.write_text(number)
 
     def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
         self._run.log({tag: scalar_value}, step=global_step)

@@ -17,12 +17,13 @@ from involution.checks import SizeError, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig
-from involution.engine.distributed import World, gather_objects, synchronised
+from involution.engine.distributed import World, gather_objects, synchronise, synchronised
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.ghost import use_ghost_batches
 from involution.engine.meter import forget_peak_memory
 from involution.engine.optim import build_schedule, parameter_groups
+from involution.engine.rendezvous import started_again
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.same_run import check_ended, check_same_run
 from involution.engine.state import seed_everything, use_tf32
@@ -59,6 +60,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     run.open()
     log_to(run.path / "train.log", world.is_main)
     state = state_to_resume(o.resume, run, world)
+    same_on_all_ranks("checkpoint to resume", {"step": state and state["step"]})
     changed = {} if state is None else check_same_run(state, plain, train)
 
     seed_everything(config.seed, world, config.deterministic, setup.SIZES_VARY)
@@ -76,7 +78,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         use_ghost_batches(model, o.batchnorm_size)
     torch.manual_seed(config.seed + world.rank)  # dropout and stochastic depth of every rank's own
     if synchronised(o.sync_batchnorm, world):
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = synchronise(model)
     train_loader = setup.train_loader(train, config, world)
     steps_per_epoch = train_loader.steps_per_epoch
     o = o.in_epochs(steps_per_epoch)
@@ -92,7 +94,12 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         options=o,
         world=world,
         run=run,
-        extra_state={"config": plain, "class_names": list(train.class_names), "data": train.fingerprint},
+        extra_state={
+            "config": plain,
+            "class_names": list(train.class_names),
+            "data": train.fingerprint,
+            "origin": _origin(o.resume) or (state or {}).get("origin"),
+        },
         gallery=setup.gallery(val, config.data) if world.is_main else None,
     )
     if state is not None:
@@ -166,11 +173,6 @@ def _num_classes(configured: int | None, class_names: Sequence[str]) -> int:
     return configured or len(class_names)
 
 
-def _started_again() -> bool:
-    """Whether SLURM or torchrun has started this very command before: then it is to continue, whatever it says."""
-    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
-
-
 def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     """The state to go on from, for auto | never | PATH. With never, what an earlier run left in the folder goes.
 
@@ -180,7 +182,7 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     Raises:
         UserError: every checkpoint of the run is damaged, or PATH is none.
     """
-    if resume == "never" and _started_again():
+    if resume == "never" and started_again():
         resume = "auto"
     if resume == "never":
         if world.is_main:
@@ -192,7 +194,7 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
         if resume == "auto":
             raise
         found = None
-    if found and resume not in ("auto", found[1]["config"]["train"]["resume"]):
+    if found and resume != "auto" and _origin(resume) != _began_from(found[1]):
         found = None
     path: Path | None = gather_objects(found and found[0])[0]
     if path is None:
@@ -200,6 +202,16 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
     if world.is_main:
         log.info("going on from %s", path)
     return found[1] if found else read(path)
+
+
+def _origin(resume: str) -> str | None:
+    """The checkpoint that `train.resume` names, in whatever way."""
+    return None if resume in ("auto", "never") else os.path.abspath(resume)
+
+
+def _began_from(state: State) -> str | None:
+    """The checkpoint that a run began from, however often it went on since."""
+    return state["origin"] if "origin" in state else _origin(state["config"]["train"]["resume"])  # of earlier code
 
 
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

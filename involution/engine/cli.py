@@ -21,11 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from data import BadImageError
+from data import BadImageError, LostDataError
 from involution.checks import SizeError, strict_json
 from involution.engine import arguments, explain, help, signals
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+from involution.outage import is_outage
 
 log = logging.getLogger("involution")
 UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG}
@@ -57,7 +58,8 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
             log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, message)
             return message.strip().splitlines()[-1]
         finally:
-            if in_sweep:  # the next job needs the memory
+            if in_sweep:  # the next job needs the memory, and compiles programs of its own
+                torch.compiler.reset()
                 gc.collect()
                 torch.cuda.empty_cache()
         return None
@@ -129,8 +131,10 @@ def _outcome(error: Exception) -> tuple[int, str]:
     """The exit status for an error, and what to say."""
     if isinstance(error, UserError | BadImageError | SizeError):
         return EXIT_USAGE, str(error)
-    if isinstance(error, Stopped):
+    if isinstance(error, Stopped | LostDataError):
         return EXIT_ERROR, str(error)
+    if is_outage(error):
+        return EXIT_ERROR, f"{error}: the disk, the network or a limit failed; start the same again to continue"
     if _disk_is_full(error):
         return EXIT_ERROR, f"{error}: make room and run again"
     if isinstance(error, torch.OutOfMemoryError):

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d, convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from involution.cores import cores
 from involution.engine import rendezvous
 from involution.engine.device import choose_device, keep_freed_memory
+from involution.engine.errors import UserError
 from involution.engine.peers import Peers
 
+SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
 
 
@@ -89,6 +94,20 @@ def part() -> None:
 def synchronised(wanted: Any, world: World) -> bool:
     """What `train.sync_batchnorm` means: "auto" is on where there are several GPUs."""
     return world.size > 1 and world.device.type == "cuda" if wanted == "auto" else bool(wanted)
+
+
+def synchronise(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with SyncBatchNorm in place of BatchNorm, activations that timm's BatchNorm holds included.
+
+    Raises:
+        UserError: it has a kind of BatchNorm whose own work would be lost.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and type(module) not in SYNCHRONISED:
+            raise UserError(
+                f"train.sync_batchnorm knows torch's and timm's BatchNorm; {name} is a {type(module).__name__}"
+            )
+    return convert_sync_batchnorm(model)
 
 
 def leave_world() -> None:

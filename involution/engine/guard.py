@@ -51,7 +51,8 @@ class Guard:
 
     def recent_loss(self) -> float:
         """The mean loss of the last (at most 20) steps on this rank, without the skipped ones."""
-        return torch.stack(list(self._losses)).nanmean().item() if self._losses else float("nan")
+        losses = torch.stack(list(self._losses)) if self._losses else torch.zeros(0)
+        return losses[losses.isfinite()].mean().item()
 
     def check(self, step: int, lr: float) -> None:
         """Report skipped steps.

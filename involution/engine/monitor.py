@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from involution.checks import first_line
 from involution.engine.boards import open_boards
 
 if TYPE_CHECKING:
@@ -85,8 +86,7 @@ class Monitor:
         """Draw what the evaluated model makes of the gallery."""
         if self.is_main and self._gallery is not None:
             for title, picture in self._gallery.draw(model).items():
-                for board in self._boards:
-                    board.add_image(title, picture, step)
+                self._tell("add_image", title, picture, step)
 
     def epoch(self, line: dict[str, Any]) -> None:
         """Show and record an epoch's line of metrics.jsonl."""
@@ -95,8 +95,7 @@ class Monitor:
         for name, value in line.items():
             if name not in ("epoch", "step") and value is not None:
                 self._scalar(f"epoch/{name}", value, line["step"])
-        for board in self._boards:
-            board.flush()
+        self._tell("flush")
         scores = "  ".join(
             f"{k} {v:.4g}" for k, v in line.items() if k.startswith(("train_", "val_")) and v is not None
         )
@@ -113,8 +112,16 @@ class Monitor:
             )
 
     def _scalar(self, name: str, value: float, step: int) -> None:
-        for board in self._boards:
-            board.add_scalar(name, value, step)
+        self._tell("add_scalar", name, value, step)
+
+    def _tell(self, method: str, *values: Any) -> None:
+        """Call every board; one that fails (its server, its disk) is left out from then on, and the run goes on."""
+        for board in list(self._boards):
+            try:
+                getattr(board, method)(*values)
+            except Exception as error:
+                self._boards.remove(board)
+                log.warning("%s has failed and gets no more curves: %s", type(board).__name__, first_line(error))
 
     def _time_left(self, step: int) -> str:
         done = step - self._start_step
@@ -124,5 +131,4 @@ class Monitor:
         if self.is_main:
             self._bar.close()
             self._redirect.__exit__(None, None, None)
-            for board in self._boards:
-                board.close()
+            self._tell("close")

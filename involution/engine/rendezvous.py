@@ -13,6 +13,11 @@ from involution.engine.errors import UserError
 SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 
+def started_again() -> bool:
+    """Whether SLURM or torchrun has started this very command before: then it is to continue, whatever it says."""
+    return any(int(os.environ.get(name) or 0) for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+
+
 def adopt() -> None:
     """Derive what torchrun would have set in the environment, under submitit's local executor and under srun."""
     _adopt_submitit()

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
@@ -21,13 +22,18 @@ import yaml
 from involution.checks import strict_json
 from involution.engine.distributed import World, gather_objects
 from involution.engine.errors import UserError
+from involution.engine.rendezvous import started_again
 from involution.engine.same_run import differences
+from involution.outage import NO_LOCKS
 
 log = logging.getLogger("involution")
 PACKAGES = (
     "torch", "torchvision", "timm", "hydra-core", "numpy", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "triton",
     "tensorboard",
 )  # fmt: skip
+
+
+PATIENCE = 180  # seconds that a job which is started again waits for the lock
 
 
 class RunFolder:
@@ -63,14 +69,22 @@ class RunFolder:
     def _take_lock(self) -> None:
         # lockf, not flock: a loader's worker that outlives its killed parent would inherit the latter for a while
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            lock.seek(0)
-            raise UserError(
-                f"another run is writing to {self.path}: {lock.read().strip() or 'it has just started'}. "
-                "Wait for it, stop it, or give this one another name="
-            ) from None
+        # a server of NFS holds a dead node's lock for some time, in which SLURM starts the job on another
+        patience = time.monotonic() + (PATIENCE if started_again() else 0)
+        while (problem := _lock(lock)) is not None:
+            if isinstance(problem, BlockingIOError | PermissionError):
+                if time.monotonic() < patience:
+                    time.sleep(1)
+                    continue
+                lock.seek(0)
+                raise UserError(
+                    f"another run is writing to {self.path}: {lock.read().strip() or 'it has just started'}. "
+                    "Wait for it, stop it, or give this one another name="
+                )
+            if problem.errno not in NO_LOCKS:
+                raise problem
+            log.warning("%s has no locks (%s): nothing stops a second run there", self.path, problem.strerror)
+            break
         lock.truncate(0)
         lock.write(f"host {socket.gethostname()}, pid {os.getpid()}")
         lock.flush()
@@ -112,6 +126,15 @@ class RunFolder:
                 "peak_memory_mb": max(line["peak_memory_mb"] for line in lines),
             }
         (self.path / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
+
+
+def _lock(file: IO[str]) -> OSError | None:
+    """Take the lock of a file; what is in the way, or None."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error
+    return None
 
 
 def _last_step(line: str) -> float:

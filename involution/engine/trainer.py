@@ -62,6 +62,7 @@ class Trainer:
         self.limit = options.epochs * self.steps_per_epoch
         self.limit = min(self.limit, options.max_steps or self.limit)
         self.step = 0  # optimizer steps done
+        self.saved = -1  # the step of the last checkpoint
         self.closed = 0  # the last step that was evaluated and recorded
         self.best: float | None = None
         self.metrics: dict[str, Any] = {}  # of the last evaluation
@@ -151,7 +152,8 @@ class Trainer:
         minutes, steps = self.options.checkpoint_every_minutes, self.options.checkpoint_every_steps
         due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         agreed = self.poll(SAVE if due else 0)
-        if agreed == SAVE or (steps and self.step % steps == 0):
+        again = self.step == self.saved + 1  # asked for at the poll that brought the answer, while others still asked
+        if (agreed == SAVE and not again) or (steps and self.step % steps == 0):
             self.save()
 
     def poll(self, request: int = 0) -> int:
@@ -160,7 +162,7 @@ class Trainer:
         agreed = self.agreement.poll(wish)
         if agreed >= STOP:
             self.agreement.finish()
-            self.save()
+            self.save(last=True)
             self.checkpoints.wait()
             part()
             again = "again, without train.resume=never," if self.options.resume == "never" else "again"
@@ -175,11 +177,12 @@ class Trainer:
         self.check_numbers()
         epoch = math.ceil(self.step / self.steps_per_epoch)
         scores: dict[str, Any] = {}
-        if epoch % self.options.evaluate_every_epochs == 0 or self.step == self.limit:
+        last = self.step == self.limit
+        if epoch % self.options.evaluate_every_epochs == 0 or last:
             scores = self.evaluate()
         score = scores.get(self.task.headline)
         better = score is not None and (self.best is None or score > self.best)
-        is_best = better and not self.learner.guard.in_row.item()
+        is_best = better and (last or not self.learner.guard.in_row.item())
         self.best = score if is_best else self.best
         line = {"epoch": epoch, "step": self.step, "lr": self.schedule(self.step - 1)} | self.meter.epoch()
         line |= {f"val_{name}": scores.get(name) for name in self.task.names}
@@ -188,7 +191,7 @@ class Trainer:
         if self.world.is_main:
             self.run.append_metrics(line)
         self.monitor.epoch(line)
-        self.save(is_best)
+        self.save(is_best, last)
 
     def evaluate(self) -> dict[str, Any]:
         """Score the model (its average where one is kept) on the whole validation set."""
@@ -204,12 +207,13 @@ class Trainer:
         self.evaluated = self.step
         return scores
 
-    def save(self, is_best: bool = False) -> None:
-        """Write a checkpoint, in the background; but none amid non-finite steps, which its weights may cause."""
+    def save(self, is_best: bool = False, last: bool = False) -> None:
+        """Write a checkpoint, in the background; but none amid non-finite steps, which its weights may cause, unless it
+        is the `last` of this process."""
         self.check_numbers()
-        if self.learner.guard.in_row.item():
+        if self.learner.guard.in_row.item() and not last:
             return
-        self.last_save = time.monotonic()
+        self.last_save, self.saved = time.monotonic(), self.step
         state = self.state_dict()
         if self.world.is_main:
             self.checkpoints.save(state, self.step, is_best)

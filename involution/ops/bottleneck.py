@@ -20,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 from . import backends, cpu, cpu_folded, folded
 from .folded import PANEL, pack_convolution, packed_size, unpack_convolution
 from .registration import register_autocast
-from .shapes import empty_output, output_hw
+from .shapes import empty_output, layout, output_hw
 
 
 def pack(narrow: nn.Conv2d, layer: Tensor, widen: nn.Conv2d, skip: nn.Conv2d | None) -> Tensor:
@@ -73,7 +73,7 @@ _library.define(
 def _on_cpu(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     if input.numel() and backends.choose(input, packed) is cpu:
         return cpu_folded.bottleneck(input, packed, *options)
-    return composed(input, packed, *options)
+    return composed(input, packed, *options).contiguous(memory_format=layout(input))
 
 
 register_autocast(_library, "folded_bottleneck2d", "cpu")
@@ -114,4 +114,7 @@ def folded_bottleneck2d(input: Tensor, packed: Tensor, *options: int) -> Tensor:
     if has_torch_function((input, packed)):
         return handle_torch_function(folded_bottleneck2d, (input, packed), input, packed, *options)
     folded.check(input, packed, lambda channels: _size(channels, *options))
+    projected = options[2]
+    if not projected and torch.is_autocast_enabled("cpu") and input.dtype != torch.get_autocast_dtype("cpu"):
+        return composed(input, packed, *options)  # the sum has the type of the skip, which autocast leaves alone
     return folded.call(torch.ops.involution.folded_bottleneck2d, composed, input, packed, *options)

@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -108,10 +109,11 @@ def package_object(level: str, needs: Sequence[str] = ()) -> Path:
 
 def _compilation(level: str, half: bool = False) -> tuple[str, list[str], str]:
     """The compiler, its flags, and a name that tells both and the sources."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    named, *options = shlex.split(os.environ.get("CXX") or "g++")  # "ccache g++", "g++ -m64"
+    compiler = shutil.which(named)
     if compiler is None:
         raise BuildError("there is no C++ compiler (g++, or the one CXX names)")
-    flags = [*_FLAGS.split(), *instruction_flags(level)]
+    flags = [*options, *_FLAGS.split(), *instruction_flags(level)]
     if half:
         flags += ["-DINVOLUTION_HALF", *["-mavx512bf16"] * multiplies_half(level)]
     return compiler, flags, f"involution-{level.lower()}{'-bf16' * half}-{_hash(compiler, flags)}"

@@ -26,6 +26,9 @@ _FIELDS = """
 """
 
 
+NO_MEMORY = "there is no memory left for the buffers of an operator: a smaller batch or smaller pictures need less"
+
+
 class _Problem(ctypes.Structure):
     """csrc/driver.h has its mirror."""
 
@@ -54,10 +57,10 @@ def unsupported(input: Tensor, kernel: Tensor) -> str | None:
 
 
 @functools.cache
-def find(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., None]:
+def find(name: str, dtype: torch.dtype, level: str, tensors: int) -> Callable[..., int]:
     suffix = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "half"}[dtype]
     function = getattr(build.library(level, dtype == torch.bfloat16), f"involution_{name}_{suffix}")
-    function.argtypes, function.restype = [ctypes.c_void_p] * (1 + tensors), None
+    function.argtypes, function.restype = [ctypes.c_void_p] * (1 + tensors), ctypes.c_int
     return function
 
 
@@ -65,7 +68,8 @@ def call(name: str, dtype: torch.dtype, problem: ctypes.Structure, *tensors: Ten
     """Run ``involution_<name>_<type>`` of the library on a problem and the memory of tensors."""
     assert all(t is None or t.numel() for t in tensors), f"{name} takes no empty tensors"
     function = find(name, dtype, build.instruction_set(), len(tensors))
-    function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors])
+    if function(ctypes.byref(problem), *[None if t is None else t.data_ptr() for t in tensors]):
+        raise MemoryError(NO_MEMORY)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

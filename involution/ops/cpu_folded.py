@@ -15,7 +15,7 @@ from torch import Tensor
 from . import build, cpu
 from .shapes import channels_dense
 
-_Call = tuple[Callable[..., None], Any, tuple[int, ...]]  # a function, its first argument, the shape of the result
+_Call = tuple[Callable[..., int], Any, tuple[int, ...]]  # a function, its first argument, the shape of the result
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,5 +71,6 @@ def _run(find: Callable[..., _Call], input: Tensor, packed: Tensor, options: tup
     level, threads = build.instruction_set(), torch.get_num_threads()
     function, problem, shape = find(input.shape, input.stride(), input.dtype, threads, level, *options)
     out = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
-    function(problem, input.data_ptr(), packed.data_ptr(), out.data_ptr())
+    if function(problem, input.data_ptr(), packed.data_ptr(), out.data_ptr()):
+        raise MemoryError(cpu.NO_MEMORY)
     return out

@@ -71,12 +71,17 @@ def _plain(x: Tensor) -> bool:
 
 
 def fits(norm: nn.BatchNorm2d, x: Tensor, channels: int) -> bool:
-    """Whether weights and statistics are there, for so many channels, in the type of ``x`` or of its sums."""
-    tensors, types = (norm.weight, norm.bias, norm.running_mean, norm.running_var), (x.dtype, cpu.wide(x.dtype))
+    """Whether weights and statistics are there, in use, for so many channels, in the type of ``x`` or of its sums."""
+    statistics, types = (norm.running_mean, norm.running_var), (x.dtype, cpu.wide(x.dtype))
+    tensors = norm.weight, norm.bias, *statistics
+    if norm.training and not norm.track_running_stats:  # switched off for a while: they are to stay
+        return False
     parts = parts_of(norm, len(x))
     if parts is None or (parts > 1 and norm.momentum is None):  # a plain average's share changes from part to part
         return False
-    return all(t is not None and t.shape == (channels,) and t.dtype in types and t.device == x.device for t in tensors)
+    if not all(t is not None and t.shape == (channels,) and t.dtype in types and t.device == x.device for t in tensors):
+        return False
+    return all(t is not None and t.is_contiguous() for t in statistics)  # they are written in place
 
 
 def norm_relu(
@@ -102,7 +107,7 @@ def describe(norm: nn.BatchNorm2d, x: Tensor, rows: int | None = None) -> Norm:
         norm.num_batches_tracked.add_(parts)
         if momentum is None:  # a plain average
             momentum = 1 / float(norm.num_batches_tracked)
-    problem = Norm(rows, norm.num_features, torch.get_num_threads(), int(norm.training), momentum or 0, norm.eps)
+    problem = Norm(rows, len(norm.weight), torch.get_num_threads(), int(norm.training), momentum or 0, norm.eps)
     problem.parts = parts
     return problem
 
@@ -119,6 +124,7 @@ def forward(
     """relu(norm(x) [+ skip]), and the coefficients (parts, 4, C) that the backward needs (a GPU's are 6); updates mean
     and var in training. skip_coefficients: of ``statistics``, where skip is to be normalised too."""
     backend: Any = backends.choose(x, x)
+    weight, bias = weight.contiguous(), bias.contiguous()
     if backend is not cpu:
         options = problem.momentum, problem.eps, bool(problem.training)
         return backend.norm_forward(x, weight, bias, mean, var, *options, skip, problem.parts)
@@ -130,7 +136,7 @@ def statistics(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tenso
     """The coefficients (parts, 4, C) of a batch on the CPU; updates mean and var in training."""
     sums = cpu.wide(x.dtype)
     coefficients = x.new_empty(problem.parts, 4, x.shape[1], dtype=sums)
-    weight, bias, new_mean, new_var = (t.to(sums) for t in (weight, bias, mean, var))
+    weight, bias, new_mean, new_var = (t.to(sums).contiguous() for t in (weight, bias, mean, var))
     for of_x, k in _each_part(problem.parts, x, coefficients):
         cpu.call("norm_statistics", x.dtype, problem, of_x, weight, bias, new_mean, new_var, k)
     for statistic, new in ((mean, new_mean), (var, new_var)):
@@ -168,6 +174,7 @@ def backward(
     grad = grad.contiguous(memory_format=torch.channels_last)
     backend: Any = backends.choose(x, x)
     if backend is not cpu:
+        weight, bias = weight.contiguous(), bias.contiguous()
         return *backend.norm_backward(grad, x, weight, bias, coefficients, bool(problem.training), out), None
     grad_x, parts = torch.empty_like(x), problem.parts
     grad_skip = None if out is None else torch.empty_like(x)

@@ -95,11 +95,11 @@ class Involution(NamedTuple):
         grad_x, grad_hidden, *grad_span = cpu.span_backward(grad, x, hidden, span, span_bias, *self._window())
         grads = norm.backward(grad_hidden, reduced, weight, bias, coefficients, self.problem)
         grad_reduced, *grad_norm = grads[:3]
-        grad_reduce, pooled = torch.empty_like(reduce, dtype=cpu.wide(x.dtype)), self._pool(x)
+        grad_reduce, pooled = torch.empty(reduce.shape, dtype=cpu.wide(x.dtype)), self._pool(x)
         grad_pooled = grad_x if pooled is x else torch.empty_like(pooled)
         rows, channels = pooled.numel() // pooled.shape[1], pooled.shape[1]
         problem = _Pointwise(rows, channels, reduced.shape[1], int(pooled is x), torch.get_num_threads())
-        tensors = grad_reduced, pooled, *_like(x, reduce), grad_pooled, grad_reduce
+        tensors = grad_reduced, pooled, reduce.to(x.dtype).contiguous(), grad_pooled, grad_reduce
         cpu.call("pointwise_backward", x.dtype, problem, *tensors)
         if pooled is not x:
             side = [self.stride, self.stride]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from involution.checks import first_line
+from involution.outage import is_outage, patiently
 
 StateDict = dict[str, Tensor]
 
@@ -125,26 +126,33 @@ def load(path: Path, what: str = "weights") -> tuple[Any, dict[str, str]]:
 
     Raises:
         ValueError: there is no such file, or it is none of the known kinds, damaged, or names code.
+        OSError: it may not be read, or its disk or network failed, which says nothing about it.
     """
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        with open(path, "rb") as file:
-            beginning = file.read(64)
-        for other, told in _OTHERS.items():
-            if beginning.startswith(other):
-                raise ValueError(told)
-        if path.suffix == ".safetensors" or (beginning[8:9] == b"{" and not beginning.startswith(b"\x80")):
-            return _load_safetensors(path)
-        if beginning.startswith(b"\x80") and _LEGACY_TORCH not in beginning:
-            return _Unpickler(io.BytesIO(path.read_bytes())).load(), {}
-        with torch.serialization.safe_globals([(kind, name) for name, kind in _ALLOWED.items()]):
-            return torch.load(path, map_location="cpu", weights_only=True), {}
+        return patiently(lambda: _load(path))
     except ImportError as error:
         raise ValueError(f"reading {path} needs safetensors: pip install safetensors") from error
     except Exception as error:  # torch.load, pickle and safetensors raise a dozen types for damaged files
+        if isinstance(error, OSError) and (is_outage(error) or isinstance(error, PermissionError)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         reason = _EXPORTED.get(path.suffix) or why_unreadable(error)
         raise ValueError(f"{path} cannot be read as {what}: {reason}") from error
+
+
+def _load(path: Path) -> tuple[Any, dict[str, str]]:
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    for other, told in _OTHERS.items():
+        if beginning.startswith(other):
+            raise ValueError(told)
+    if path.suffix == ".safetensors" or (beginning[8:9] == b"{" and not beginning.startswith(b"\x80")):
+        return _load_safetensors(path)
+    if beginning.startswith(b"\x80") and _LEGACY_TORCH not in beginning:
+        return _Unpickler(io.BytesIO(path.read_bytes())).load(), {}
+    with torch.serialization.safe_globals([(kind, name) for name, kind in _ALLOWED.items()]):
+        return torch.load(path, map_location="cpu", weights_only=True), {}
 
 
 def _load_safetensors(path: Path) -> tuple[Any, dict[str, str]]:

@@ -1,7 +1,6 @@
 """Where a file of weights is: a path, a run's folder, an address, or the name of published weights."""
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import logging
@@ -16,6 +15,7 @@ from urllib.parse import urlparse
 import torch
 
 from involution.cache import cache_dir, writable_cache_dir
+from involution.outage import wait_for_lock
 from involution.weights import files
 from involution.weights.published import PUBLISHED, Published
 
@@ -104,7 +104,7 @@ def _lock(path: Path) -> Iterator[Path]:
         yield path
         return
     with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_for_lock(lock)
         yield path
 
 

@@ -100,7 +100,7 @@ private:
 template <class A, class T, class F = Factor<T>>
 void bottleneck_forward(const Problem& p, const T* x, const F* packed, T* out) {
     const int64_t whole = p.batch * p.height * p.width, whole_out = p.batch * p.out_height * p.out_width;
-    if (p.threads > 1 && p.batch > 1 && Division(p, true).units(p) == p.batch) {  // an image stays in its thread's cache
+    if (p.batch > 1 && Division(p, true).units(p) == p.batch) {  // an image stays in its thread's cache
         on_threads(std::min(p.threads, p.batch), [&](int thread, int count) {
             Problem one = p;
             one.batch = one.threads = 1;

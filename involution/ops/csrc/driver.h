@@ -4,6 +4,8 @@
 // Images are channels_last; "taps" are the G*K*K kernel values of a pixel, group-major.
 #pragma once
 #include <algorithm>
+#include <atomic>
+#include <new>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -66,12 +68,31 @@ const To* as(const S* from, int64_t n, int slot) {
     }
 }
 
+// For entry points, whose callers know no exceptions: 0, or 1 where there was no memory for a buffer.
+template <class F>
+int attempt(F f) {
+    try {
+        f();
+    } catch (...) {
+        return 1;
+    }
+    return 0;
+}
+
 template <class F>
 void on_threads(int64_t threads, F f) {
 #if defined(_OPENMP)
     if (threads > 1) {
+        std::atomic<bool> failed = false;  // no exception may leave the region
 #pragma omp parallel num_threads(int(threads))
-        f(omp_get_thread_num(), omp_get_num_threads());
+        {
+            try {
+                f(omp_get_thread_num(), omp_get_num_threads());
+            } catch (...) {
+                failed = true;
+            }
+        }
+        if (failed) throw std::bad_alloc();
         return;
     }
 #endif

@@ -108,45 +108,46 @@ int64_t involution_chunks(const Problem* p) { return Division(*p, false).chunks;
 // row of a weight, and the gradients of those and of weights, as A. grad_x and grad_kernel of the plain operator may be
 // null; the kernel and its gradient have the same strides.
 #define OPERATORS(NAME, T, A)                                                                                         \
-    void involution_forward_##NAME(const Problem* p, const T* x, const T* kernel, T* out) {                           \
-        forward(*p, x, kernel, out);                                                                                  \
+    int involution_forward_##NAME(const Problem* p, const T* x, const T* kernel, T* out) {                            \
+        return attempt([&] { forward(*p, x, kernel, out); });                                                         \
     }                                                                                                                 \
-    void involution_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* kernel, T* grad_x,          \
-                                    T* grad_kernel) {                                                                 \
-        backward(*p, grad, x, kernel, grad_x, grad_kernel);                                                           \
+    int involution_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* kernel, T* grad_x,           \
+                                   T* grad_kernel) {                                                                  \
+        return attempt([&] { backward(*p, grad, x, kernel, grad_x, grad_kernel); });                                  \
     }                                                                                                                 \
-    void involution_span_forward_##NAME(const Problem* p, const T* x, const T* reduced, const T* weight,              \
-                                        const A* bias, T* out) {                                                      \
-        span_forward(*p, x, reduced, weight, bias, out);                                                              \
+    int involution_span_forward_##NAME(const Problem* p, const T* x, const T* reduced, const T* weight,               \
+                                       const A* bias, T* out) {                                                       \
+        return attempt([&] { span_forward(*p, x, reduced, weight, bias, out); });                                     \
     }                                                                                                                 \
-    void involution_span_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* reduced,               \
-                                         const T* weight, const A* bias, T* grad_x, T* grad_reduced, A* grad_weight,  \
-                                         A* grad_bias) {                                                              \
-        span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced, grad_weight, grad_bias);              \
+    int involution_span_backward_##NAME(const Problem* p, const T* grad, const T* x, const T* reduced,                \
+                                        const T* weight, const A* bias, T* grad_x, T* grad_reduced, A* grad_weight,   \
+                                        A* grad_bias) {                                                               \
+        return attempt([&] { span_backward(*p, grad, x, reduced, weight, bias, grad_x, grad_reduced,                  \
+                                           grad_weight, grad_bias); });                                               \
     }                                                                                                                 \
-    void involution_folded_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {            \
-        folded_forward<A>(*p, x, packed, out);                                                                        \
+    int involution_folded_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {             \
+        return attempt([&] { folded_forward<A>(*p, x, packed, out); });                                               \
     }                                                                                                                 \
-    void involution_bottleneck_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {        \
-        bottleneck_forward<A>(*p, x, packed, out);                                                                    \
+    int involution_bottleneck_forward_##NAME(const Problem* p, const T* x, const Factor<T>* packed, T* out) {         \
+        return attempt([&] { bottleneck_forward<A>(*p, x, packed, out); });                                           \
     }                                                                                                                 \
-    void involution_norm_statistics_##NAME(const Norm* n, const T* x, const A* weight, const A* bias,                 \
-                                           A* running_mean, A* running_var, A* coefficients) {                        \
-        norm_statistics(*n, x, weight, bias, running_mean, running_var, coefficients);                                \
+    int involution_norm_statistics_##NAME(const Norm* n, const T* x, const A* weight, const A* bias,                  \
+                                          A* running_mean, A* running_var, A* coefficients) {                         \
+        return attempt([&] { norm_statistics(*n, x, weight, bias, running_mean, running_var, coefficients); });       \
     }                                                                                                                 \
-    void involution_norm_apply_##NAME(const Norm* n, const T* x, const T* skip, A* coefficients,                      \
-                                      A* skip_coefficients, T* out) {                                                 \
-        norm_apply(*n, x, skip, coefficients, skip_coefficients, out);                                                \
+    int involution_norm_apply_##NAME(const Norm* n, const T* x, const T* skip, A* coefficients,                       \
+                                     A* skip_coefficients, T* out) {                                                  \
+        return attempt([&] { norm_apply(*n, x, skip, coefficients, skip_coefficients, out); });                       \
     }                                                                                                                 \
-    void involution_norm_backward_##NAME(const Norm* n, const T* grad, const T* x, const T* out, const T* skip,       \
-                                         A* coefficients, A* skip_coefficients, T* grad_x, T* grad_skip,              \
-                                         A* grad_weight, A* grad_bias, A* grad_skip_weight) {                         \
-        norm_backward(*n, grad, x, out, skip, coefficients, skip_coefficients, grad_x, grad_skip, grad_weight,        \
-                      grad_bias, grad_skip_weight);                                                                   \
+    int involution_norm_backward_##NAME(const Norm* n, const T* grad, const T* x, const T* out, const T* skip,        \
+                                        A* coefficients, A* skip_coefficients, T* grad_x, T* grad_skip,               \
+                                        A* grad_weight, A* grad_bias, A* grad_skip_weight) {                          \
+        return attempt([&] { norm_backward(*n, grad, x, out, skip, coefficients, skip_coefficients, grad_x,           \
+                                           grad_skip, grad_weight, grad_bias, grad_skip_weight); });                  \
     }                                                                                                                 \
-    void involution_pointwise_backward_##NAME(const Pointwise* p, const T* grad, const T* x, const T* weight,         \
-                                              T* grad_x, A* grad_weight) {                                            \
-        pointwise_backward(*p, grad, x, weight, grad_x, grad_weight);                                                 \
+    int involution_pointwise_backward_##NAME(const Pointwise* p, const T* grad, const T* x, const T* weight,          \
+                                             T* grad_x, A* grad_weight) {                                             \
+        return attempt([&] { pointwise_backward(*p, grad, x, weight, grad_x, grad_weight); });                        \
     }
 #if defined(INVOLUTION_HALF)  // a library of its own, for those who use it
 OPERATORS(half, Half, float)

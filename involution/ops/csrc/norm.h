@@ -90,24 +90,39 @@ void with_store(const Norm& n, F f, const T* a, const T* b = nullptr) {
         f(Store{});
 }
 
+// The means (channels) of a few rows that lie apart, so that none of them alone, which may be far out, decides.
+template <class A, class T>
+void few_means(const Norm& n, const T* x, A* means) {
+    const int64_t count = std::min<int64_t>(n.rows, 16);
+    for (int64_t c = 0; c < n.channels; ++c) {
+        double sum = 0;
+        for (int64_t i = 0; i < count; ++i) sum += double(load<A>(x + i * n.rows / count * n.channels + c));
+        means[c] = sum / count;
+    }
+}
+
 // The coefficients of a batch; the running statistics follow.
 template <class A, class T>
 void norm_statistics(const Norm& n, const T* x, const A* weight, const A* bias, A* running_mean, A* running_var,
                      A* coefficients) {
     const Coefficients<A> k(coefficients, n.channels);
     std::vector<double> sums;
-    if (n.training)  // of the distance to the first row: a large mean takes no digits from the variance
+    A* const near = scratch<A>(5, n.channels);  // a value near the mean
+    if (n.training) {  // sums of the distance to it: a large mean takes no digits from the variance
+        few_means<A>(n, x, near);
         sums = sum_rows<A, 2>(n, [=](auto v, int64_t i, int64_t c, auto* sum) INLINED {
             typedef decltype(v) V;
-            const V value = load<V>(x + i) - load<V>(x + c);
+            const V value = load<V>(x + i) - load<V>(near + c);
             sum[0] += value, sum[1] += value * value;
         });
+    }
     for (int64_t c = 0; c < n.channels; ++c) {
         double mean = running_mean[c], variance = running_var[c];
         if (n.training) {
             const double distance = sums[c] / n.rows;
-            mean = load<A>(x + c) + distance;
-            variance = std::max(0.0, sums[n.channels + c] / n.rows - distance * distance);
+            mean = near[c] + distance;
+            variance = sums[n.channels + c] / n.rows - distance * distance;
+            if (variance < 0) variance = 0;  // NaN stays NaN
             running_mean[c] += n.momentum * (mean - running_mean[c]);
             running_var[c] += n.momentum * (variance * n.rows / (n.rows - 1) - running_var[c]);
         }

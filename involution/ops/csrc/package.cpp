@@ -9,12 +9,15 @@
 #include "driver.h"
 
 extern "C" {
-void involution_forward_float(const Problem*, const float* x, const float* kernel, float* out);
-void involution_backward_float(const Problem*, const float* grad, const float* x, const float* kernel, float* grad_x,
-                               float* grad_kernel);
-void involution_folded_forward_float(const Problem*, const float* x, const float* packed, float* out);
-void involution_bottleneck_forward_float(const Problem*, const float* x, const float* packed, float* out);
+// 0, or 1 where a buffer could not be had: AOTI_TORCH_SUCCESS and AOTI_TORCH_FAILURE
+int involution_forward_float(const Problem*, const float* x, const float* kernel, float* out);
+int involution_backward_float(const Problem*, const float* grad, const float* x, const float* kernel, float* grad_x,
+                              float* grad_kernel);
+int involution_folded_forward_float(const Problem*, const float* x, const float* packed, float* out);
+int involution_bottleneck_forward_float(const Problem*, const float* x, const float* packed, float* out);
 }
+
+static_assert(AOTI_TORCH_SUCCESS == 0 && AOTI_TORCH_FAILURE == 1);
 
 namespace {
 #if defined(__x86_64__)
@@ -80,8 +83,7 @@ AOTITorchError aoti_torch_cpu_folded_involution2d(AtenTensorHandle input, AtenTe
     p.hidden = hidden;
     float* to = allocate_image(p, p.channels, out);
     if (!to) return AOTI_TORCH_FAILURE;
-    involution_folded_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
-    return AOTI_TORCH_SUCCESS;
+    return involution_folded_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
 }
 
 AOTITorchError aoti_torch_cpu_folded_bottleneck2d(AtenTensorHandle input, AtenTensorHandle packed, int64_t width,
@@ -94,8 +96,7 @@ AOTITorchError aoti_torch_cpu_folded_bottleneck2d(AtenTensorHandle input, AtenTe
     p.channels = p.x_pixel = width, p.x_row = p.width * width, p.x_batch = p.height * p.x_row;  // of the layer inside
     float* to = allocate_image(p, out_channels, out);
     if (!to) return AOTI_TORCH_FAILURE;
-    involution_bottleneck_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
-    return AOTI_TORCH_SUCCESS;
+    return involution_bottleneck_forward_float(&p, x.floats(), Tensor(packed).floats(), to);
 }
 
 AOTITorchError aoti_torch_cpu_involution2d(AtenTensorHandle input, AtenTensorHandle kernel, int64_t stride,
@@ -105,8 +106,7 @@ AOTITorchError aoti_torch_cpu_involution2d(AtenTensorHandle input, AtenTensorHan
     describe_taps(p, taps.strides);
     float* to = allocate_image(p, p.channels, out);
     if (!to) return AOTI_TORCH_FAILURE;
-    involution_forward_float(&p, x.floats(), taps.floats(), to);
-    return AOTI_TORCH_SUCCESS;
+    return involution_forward_float(&p, x.floats(), taps.floats(), to);
 }
 
 AOTITorchError aoti_torch_cpu_neighbourhood_product(AtenTensorHandle query, AtenTensorHandle key, int64_t size,
@@ -119,7 +119,6 @@ AOTITorchError aoti_torch_cpu_neighbourhood_product(AtenTensorHandle query, Aten
     describe_taps(p, strides);
     float* to = allocate<6>({p.batch, groups, size, size, p.out_height, p.out_width}, strides, out);
     if (!to) return AOTI_TORCH_FAILURE;
-    involution_backward_float(&p, Tensor(query).floats(), x.floats(), nullptr, nullptr, to);
-    return AOTI_TORCH_SUCCESS;
+    return involution_backward_float(&p, Tensor(query).floats(), x.floats(), nullptr, nullptr, to);
 }
 }
