@@ -71,21 +71,25 @@ def test_a_score_from_another_folder_has_a_best_checkpoint_here(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("resume", "own", "restarts", "step"),
+    ("resume", "own", "origin", "restarts", "step"),
     [
-        ("auto", "auto", 0, 2), ("never", "never", 0, None), ("never", "never", 1, 2),
-        ("other.pt", "auto", 0, 1), ("other.pt", "other.pt", 0, 2), ("other.pt", "other.pt", 1, 2),
+        ("auto", "auto", None, 0, 2), ("never", "never", None, 0, None), ("never", "never", None, 1, 2),
+        ("other.pt", "auto", None, 0, 1), ("other.pt", "auto", "/another.pt", 0, 1),
+        ("other.pt", "other.pt", "other.pt", 0, 2), ("other.pt", "other.pt", "other.pt", 1, 2),
+        ("./other.pt", "auto", "other.pt", 0, 2),  # it went on once without being told
+        ("other.pt", "other.pt", "earlier code", 0, 2), ("other.pt", "auto", "earlier code", 0, 1),
     ],
 )  # fmt: skip
-def test_where_a_run_begins(tmp_path, monkeypatch, resume, own, restarts, step):
-    """`resume` now, and as the run's own checkpoint was written."""
+def test_where_a_run_begins(tmp_path, monkeypatch, resume, own, origin, restarts, step):
+    """`resume` now, and as the run's own checkpoint was written; `origin` is what that one once began from."""
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "other.pt", state(1))
     world = World(0, 1, torch.device("cpu"))
     run = RunFolder(tmp_path / "run", world)
     folder = CheckpointFolder(run.checkpoints)
-    folder.save(state(2) | {"config": {"train": {"resume": own}}}, 2)
+    began = {} if origin == "earlier code" else {"origin": origin and os.path.abspath(origin)}
+    folder.save(state(2) | {"config": {"train": {"resume": own}}} | began, 2)
     folder.wait()
     found = build.state_to_resume(resume, run, world)
     assert (found and found["step"]) == step
