@@ -19,7 +19,7 @@ from involution.engine.build import build_trainer
 from involution.engine.config import TrainConfig, given, validate
 from involution.engine.distributed import init_world, leave_world
 from involution.engine.options import fit_batch_size
-from involution.engine.run import RunFolder, code_version, same_on_all_ranks
+from involution.engine.run import RunFolder, code_version, log_to, same_on_all_ranks
 from involution.engine.signals import leave_on_signals
 
 log = logging.getLogger("involution")
@@ -33,6 +33,7 @@ def main(composed: DictConfig) -> None:
     leave_on_signals()
     world = init_world(config.device, config.train.timeout_minutes)
     atexit.register(leave_world)
+    log_to(None, world.is_main)
     same_on_all_ranks("code version", code_version())
     same_on_all_ranks("configuration", dataclasses.asdict(config))
     o, fixed = config.train, "train.batch_size" in given(HydraConfig.get().overrides.task)

@@ -21,6 +21,7 @@ from involution.checks import few
 
 log = logging.getLogger("involution.data")
 
+NEAR = {"train": ("training", "Train", "TRAIN"), "val": ("valid", "validation", "test", "Val", "VAL")}
 EXCLUDED = "excluded.txt"  # in the data set's folder; written by scripts/check_dataset.py
 
 
@@ -52,7 +53,7 @@ def open_dataset(
     if name == "imagenet" and has_images(base / val):
         splits = DataSplits(train, list_flat(base, train.class_names))
     else:
-        splits = DataSplits(train, _numbered(_list(base, val, may_be_empty=True), train, base))
+        splits = DataSplits(train, numbered(_list(base, val, may_be_empty=True), train.class_names, base))
     return DataSplits(*without_excluded(base, exclude, splits))
 
 
@@ -94,13 +95,15 @@ def _list(base: Path, split: str, may_be_empty: bool = False) -> ImageList:
         return list_shards(base, split)
     if parquet_files(base, split):
         return list_parquet(base, split)
+    near = next((f", and {name} should be called so" for name in NEAR[split] if (base / name).is_dir()), "")
     raise ValueError(
-        f"data folder {str(base)!r} has no folder {split}; expected {base}/{split}/<class>/<image>.jpg, shards "
+        f"data folder {str(base)!r} has no folder {split}{near}; expected {base}/{split}/<class>/<image>.jpg, shards "
         f"{split}-*.tar or parquet files {split}-*.parquet"
     )
 
 
-def _present(base: Path) -> bool:
+def present(base: Path) -> bool:
+    """Whether there is something to train on."""
     return (base / "train").exists() or has_shards(base, "train") or bool(parquet_files(base, "train"))
 
 
@@ -113,7 +116,7 @@ def _given(root: str | os.PathLike[str] | None) -> Path:
 def _imagenette(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download (1.5 GB)."""
     base = Path(root) if root else writable_cache_dir() / "imagenette"
-    if _present(base):
+    if present(base):
         return base
 
     def download(folder: Path) -> None:
@@ -127,7 +130,7 @@ def _imagenette(root: str | os.PathLike[str] | None) -> Path:
 def _cifar10(root: str | os.PathLike[str] | None) -> Path:
     """An existing folder with train/, or torchvision's download as a folder of PNGs."""
     base = Path(root) if root else writable_cache_dir() / "cifar10"
-    if _present(base):
+    if present(base):
         return base
 
     def write(folder: Path) -> None:
@@ -153,24 +156,25 @@ def _downloaded(target: Path, write: Callable[[Path], None], name: str) -> Path:
         ) from error
 
 
-def _numbered(val: ImageList, train: ImageList, base: Path) -> ImageList:
-    """The validation images with the class numbers of training; it may lack classes, but have none of its own.
+def numbered(val: ImageList, names: tuple[str, ...], base: Path) -> ImageList:
+    """The validation images with the class numbers of training, whose names are given; it may lack classes, but have
+    none of its own.
 
     Raises:
         ValueError: a class of validation is none of training.
     """
     used = [val.class_names[i] for i in np.unique(val.targets)]
-    number = {name: i for i, name in enumerate(train.class_names)}
+    number = {name: i for i, name in enumerate(names)}
     unknown = [name for name in used if name not in number]
     if unknown:
         raise ValueError(
             f"{len(unknown)} class(es) of val below {str(base)!r} are not in train: {few(unknown)}. Classes are "
             "numbered by train's folders: add theirs there, rename them as train's are, or take them out of val"
         )
-    missing = [name for name in train.class_names if name not in used]
+    missing = [name for name in names if name not in used]
     if missing:
         log.warning("val has no images of %d of the %d classes: %s", len(missing), len(number), few(missing))
-    if val.class_names == train.class_names:  # a name may be there twice, as "crane" is in ImageNet
+    if val.class_names == names:  # a name may be there twice, as "crane" is in ImageNet
         return val
     numbers = np.array([number.get(name, -1) for name in val.class_names], np.int32)
-    return dataclasses.replace(val, targets=numbers[val.targets], class_names=train.class_names)
+    return dataclasses.replace(val, targets=numbers[val.targets], class_names=names)

@@ -50,7 +50,14 @@ def main() -> int:
             export.save_safetensors(model, arguments.out, class_names or (), preparation=preparation, arguments=made_by)
         else:
             preparation = data if made_by["name"] in DENSE else export.IMAGENET | data  # segmentors take any size
-            WRITERS[arguments.format](model, arguments.out, arguments.size, class_names or (), preparation)
+            size, own = arguments.size, data.get("val_size") or export.MIN_SIZE
+            if size is None and own < export.MIN_SIZE and arguments.format != "onnx":
+                size = own
+                print(
+                    f"for images of {own} pixels a side, as it was trained: programs for any size begin at "
+                    f"{export.MIN_SIZE}; --size chooses another", file=sys.stderr,
+                )  # fmt: skip
+            WRITERS[arguments.format](model, arguments.out, size, class_names or (), preparation)
     except (ValueError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if isinstance(error, RuntimeError) else 2

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from reliability import command, kill, outcome, rank_pid, saved_step, train, write_images  # noqa: E402
+from programs import kill  # noqa: E402
+from reliability import command, outcome, rank_pid, saved_step, train, write_images  # noqa: E402
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 AFTER_STEP = 6.0  # seconds at most: a training process is hit about every three of its seconds

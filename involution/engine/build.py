@@ -13,7 +13,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from involution import complexity, create_model
-from involution.checks import SizeError, first_line
+from involution.checks import SizeError, few, first_line
 from involution.engine import boards
 from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig
@@ -22,7 +22,7 @@ from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.ghost import use_ghost_batches
 from involution.engine.meter import forget_peak_memory
-from involution.engine.optim import build_schedule, parameter_groups
+from involution.engine.optim import build_schedule, parameter_groups, warmup_length
 from involution.engine.rendezvous import started_again
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.same_run import check_ended, check_same_run
@@ -59,6 +59,15 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
 
     run.open()
     log_to(run.path / "train.log", world.is_main)
+    log.info(
+        "%d samples to train on, %d to validate, %d classes: %s",
+        len(train), len(val), len(train.class_names), few(train.class_names),
+    )  # fmt: skip
+    if o.global_batch_size > len(train):
+        log.warning(
+            "train.global_batch_size=%d is more than there are samples: an epoch is one step of %d. "
+            "recipe=finetune and recipe=study have small batches", o.global_batch_size, len(train),
+        )  # fmt: skip
     state = state_to_resume(o.resume, run, world)
     same_on_all_ranks("checkpoint to resume", {"step": state and state["step"]})
     changed = {} if state is None else check_same_run(state, plain, train)
@@ -83,6 +92,10 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     steps_per_epoch = train_loader.steps_per_epoch
     o = o.in_epochs(steps_per_epoch)
     total_steps = o.steps or (o.epochs or 0) * steps_per_epoch
+    if (warm := warmup_length(steps_per_epoch, **config.schedule)) >= total_steps and world.is_main:
+        log.warning(
+            "the warm-up of %d steps takes all of this run's %d: optimizer.lr is never reached", warm, total_steps
+        )
     trainer = Trainer(
         model,
         setup.build(config),
@@ -106,7 +119,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         trainer.load_state_dict(state)
     if trainer.ended:
         check_ended(changed)
-    if world.is_main:
+    if world.is_main and not (trainer.ended and run.described):
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
     return trainer
@@ -198,15 +211,18 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
         found = None
     path: Path | None = gather_objects(found and found[0])[0]
     if path is None:
-        return None if resume == "auto" else read(Path(resume))
+        return None if resume == "auto" else read(Path(_origin(resume) or resume))
     if world.is_main:
         log.info("going on from %s", path)
     return found[1] if found else read(path)
 
 
 def _origin(resume: str) -> str | None:
-    """The checkpoint that `train.resume` names, in whatever way."""
-    return None if resume in ("auto", "never") else os.path.abspath(resume)
+    """The checkpoint that `train.resume` names, in whatever way; of a run's folder its last one."""
+    if resume in ("auto", "never"):
+        return None
+    last = os.path.join(resume, "checkpoints", "last.pt")
+    return os.path.abspath(last if os.path.isdir(resume) else resume)
 
 
 def _began_from(state: State) -> str | None:
@@ -217,7 +233,7 @@ def _began_from(state: State) -> str | None:
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(groups)
-    except (TypeError, InstantiationException) as error:
+    except (TypeError, ValueError, IndexError, InstantiationException) as error:
         option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise UserError(
             f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command "

@@ -9,7 +9,7 @@ Shapes: B pictures, T targets (classes or pictures of the data set), N classes o
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,9 @@ def apply(file: str, images: ImageList, known: Sequence[str]) -> tuple[ImageList
     """The pictures with targets that number the rows of ``right`` (T, N).
 
     Args:
-        file: a line for a class of the data set, FOLDER CLASS [CLASS ...], with commas or blanks between; CLASS is a
-            name or number of the model's, and a line with FOLDER alone means the same name. Or ``.json`` of ReaL: for
-            each picture of ImageNet's validation set a list of class numbers.
+        file: a line for a class of the data set, FOLDER CLASS [CLASS ...], with commas or blanks between, or with tabs
+            where names have those; CLASS is a name or number of the model's, and a line with FOLDER alone means the
+            same name. Or ``.json`` of ReaL: for each picture of ImageNet's validation set a list of class numbers.
         known: the model's classes, N of them.
 
     Raises:
@@ -103,7 +103,7 @@ def _of_classes(file: str, text: str, images: ImageList, known: Sequence[str]) -
     number = {str(i): i for i in range(len(known))} | {name: i for i, name in enumerate(known)}
     found: dict[str, list[int]] = {}
     for line in text.splitlines():
-        words = [word for word in re.split(r"[,\s]+", line.partition("#")[0].strip()) if word]
+        words = _words(line, number)
         for name in words[1:] or words[:1]:
             if name not in number:
                 raise UserError(f"class_map={file}: the model has no class {name} (it has {', '.join(known[:3])}, ...)")
@@ -114,6 +114,14 @@ def _of_classes(file: str, text: str, images: ImageList, known: Sequence[str]) -
             f"class_map={file} lacks {len(missing)} of the data set's classes: {', '.join(missing[:3])}, ..."
         )
     return [found.get(name, []) if name in used else [] for name in images.class_names]
+
+
+def _words(line: str, known: Container[str]) -> list[str]:
+    """FOLDER and classes of a line. Names may have blanks and commas in them, alone or with tabs between."""
+    if line.strip() in known:
+        return [line.strip()]
+    line = line.partition("#")[0].strip()
+    return [word.strip() for word in re.split(r"\t+" if "\t" in line else r"[,\s]+", line) if word.strip()]
 
 
 def _of_pictures(file: str, text: str, images: ImageList) -> list[list[int]]:

@@ -18,12 +18,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import BadImageError, LostDataError
 from involution.checks import SizeError, strict_json
 from involution.engine import arguments, explain, help, signals
+from involution.engine.config import given
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
 from involution.outage import is_outage
@@ -49,6 +50,7 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
         try:
             _refuse_study_alone(in_sweep)
             _refuse_name_of_another_model()
+            _refuse_rate_of_another_optimizer(config)
             main(config)
         except Exception as error:
             _remove_unused_folder()
@@ -81,6 +83,35 @@ def _refuse_name_of_another_model() -> None:
     names = [each.partition("=")[2] for each in node.overrides.task if each.startswith("model.name=")]
     if names and node.runtime.choices.get("model") not in (None, "timm"):
         raise UserError(f"model.name is for model=timm; this project's networks are chosen by model={names[-1]}")
+
+
+def _refuse_rate_of_another_optimizer(config: DictConfig) -> None:
+    """A recipe's learning rate is for its own optimizer: AdamW with SGD's would diverge, without a word."""
+    node = HydraConfig.get()
+    chosen, recipe = node.runtime.choices.get("optimizer"), node.runtime.choices.get("recipe")
+    keys = given(node.overrides.task)
+    if "optimizer" not in keys or "optimizer.lr" in keys or recipe is None:
+        return
+    folder = next(source.path for source in node.runtime.config_sources if source.provider == "main")
+    own, rate = _of_recipe(Path(folder) / "recipe", recipe)
+    if rate is not None and chosen != own:
+        usual = OmegaConf.load(Path(folder) / "optimizer" / f"{chosen}.yaml").lr
+        raise UserError(
+            f"recipe={recipe} has optimizer.lr={config.optimizer.lr}, which is for optimizer={own}; for {chosen} give "
+            f"one, as in optimizer.lr={usual}"
+        )
+
+
+def _of_recipe(folder: Path, name: str) -> tuple[str, Any]:
+    """The optimizer of a recipe, and its learning rate where the recipe has one of its own."""
+    recipe: Any = OmegaConf.to_container(OmegaConf.load(folder / f"{name}.yaml"))
+    own, rate = "sgd", None
+    for entry in recipe["defaults"]:
+        if isinstance(entry, dict):
+            own = entry.get("override /optimizer", own)
+        elif not entry.startswith(("/", "_")):
+            own, rate = _of_recipe(folder, entry)
+    return own, recipe.get("optimizer", {}).get("lr", rate)
 
 
 def _remove_unused_folder() -> None:

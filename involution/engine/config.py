@@ -154,7 +154,10 @@ def validate(config: DictConfig, schema: type) -> Any:
         key = error.full_key or error.key or ""
         known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
         known = [name for name in known if name != str(error.key)]  # there the value is wrong
-        what = f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]
+        said = str(error).splitlines()[0]
+        if "is not a ListConfig" in said:
+            said = "it should be a list, as in [0.5,0.5,0.5] or [64,64]"
+        what = f"{key}: {said}" if key else said
         missing_key = "not in" in str(error)
         raise UserError(f"{what}{hint(known) or (_other_recipe(key) if missing_key else '')}") from error
     if missing:
@@ -162,9 +165,8 @@ def validate(config: DictConfig, schema: type) -> Any:
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(typed, key)
         if value is not None and value not in allowed:
-            raise UserError(
-                f"{key}={value} should be one of {', '.join(map(str, allowed))}{hint(nearest(str(value), allowed))}"
-            )
+            near = ["cuda"] if value == "gpu" else nearest(str(value), allowed)
+            raise UserError(f"{key}={value} should be one of {', '.join(map(str, allowed))}{hint(near)}")
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
     for key in TOLD:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from data import ImageList
+from data.datasets import numbered, present
 from involution.engine import class_map
 from involution.engine.build import to_device
 from involution.engine.cli import user_input
@@ -54,7 +55,7 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
         from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
     mapped = None
     if config.class_map is None:
-        val = setup.open_val(d)
+        val = _by_its_own_names(opened, d) if _stands_alone(setup, d) and opened.class_names else setup.open_val(d)
         _check_classes(opened, val.class_names, config.checkpoint)
     else:
         val, mapped = _mapped(config, opened, setup, d)
@@ -71,6 +72,8 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
     Raises:
         UserError: as in `build_evaluation`, or an output that cannot be written.
     """
+    if not config.checkpoint:
+        raise UserError("checkpoint is empty; give a file, a run's folder, or several: checkpoint=[a,b]")
     checkpoints = config.checkpoint if isinstance(config.checkpoint, list) else [config.checkpoint]
     if len(checkpoints) > 1 and config.predictions is not None:
         raise UserError("predictions= is of one checkpoint; give them one by one")
@@ -92,6 +95,16 @@ def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
     write_table(Path(name), columns, ([each.get(key, "") for key in columns] for each in results))
 
 
+def _stands_alone(setup: Setup, d: Any) -> bool:
+    """Whether a classifier's pictures are there with none to train on, which number the classes elsewhere."""
+    return setup is classification and d.name == "folder" and bool(d.root) and not present(Path(d.root))
+
+
+def _by_its_own_names(opened: Opened, d: Any) -> ImageList:
+    """Such pictures, their classes numbered as the checkpoint's."""
+    return numbered(class_map.list_images(d.root, d.exclude), tuple(opened.class_names or ()), Path(d.root))
+
+
 def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, Evaluation]:
     """The data set and its score, where its classes are not the model's."""
     if setup is not classification:
@@ -100,8 +113,9 @@ def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[I
         raise UserError(
             "predictions= and class_map= exclude each other: the table has one right class for each picture"
         )
-    alone = d.name == "folder" and d.root and not (Path(d.root) / "train").exists()
-    images = class_map.list_images(d.root, d.exclude) if alone else setup.open_val(d)
+    if config.per_class:
+        raise UserError("per_class= and class_map= exclude each other: a picture may have several right classes")
+    images = class_map.list_images(d.root, d.exclude) if _stands_alone(setup, d) else setup.open_val(d)
     assert isinstance(images, ImageList)
     assert config.class_map is not None
     known = class_map.class_names(opened.class_names, opened.model.num_classes)

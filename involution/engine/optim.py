@@ -167,8 +167,12 @@ def build_schedule(
     Raises:
         ValueError: for an unknown name, or milestones that are no list of epochs.
     """
-    if not isinstance(milestones, list | tuple) or not all(isinstance(m, int | float) for m in milestones):
+    if not isinstance(milestones, list | tuple) or not all(isinstance(m, int | float) and m > 0 for m in milestones):
         raise ValueError(f"schedule.milestones is {milestones!r}; it should be a list of epochs, as in [30,60,90]")
+    if min_lr > lr:
+        raise ValueError(f"schedule.min_lr={min_lr} should be at most optimizer.lr={lr}")
+    if warmup_steps is not None and not isinstance(warmup_steps, int):
+        raise ValueError(f"schedule.warmup_steps={warmup_steps} should be a whole number")
     if name == "cosine":
         schedule = cosine(lr, total_steps, min_lr)
     elif name == "poly":
@@ -177,8 +181,13 @@ def build_schedule(
         schedule = staircase(lr, [round(m * steps_per_epoch) for m in milestones], gamma)
     else:
         raise ValueError(f"schedule.name is {name!r}; it should be 'cosine', 'poly' or 'step'")
-    steps = round(warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps
+    steps = warmup_length(steps_per_epoch, warmup_epochs=warmup_epochs, warmup_steps=warmup_steps)
     return warmup(schedule, steps, warmup_start) if steps else schedule
+
+
+def warmup_length(steps_per_epoch: int, *, warmup_epochs: float = 0, warmup_steps: int | None = None, **_: Any) -> int:
+    """Steps of warm-up."""
+    return round(warmup_epochs * steps_per_epoch) if warmup_steps is None else warmup_steps
 
 
 def exponential_average(model: nn.Module, decay: float) -> "ModelEmaV3":

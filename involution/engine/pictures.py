@@ -1,5 +1,7 @@
 """Pictures of the user's own: which they are, what is in a file, and the model that is to look at them."""
 
+import glob
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,14 @@ def for_pictures(model: nn.Module, config: EvalConfig, device: torch.device) -> 
 
 
 def find_images(images: str | list[str]) -> list[Path]:
-    """The picture files among paths of files and folders (searched to the bottom), in the order given, then by name.
+    """The picture files among paths of files and folders (searched to the bottom), in the order given, then by name;
+    patterns (photos/*.jpg) stand for what matches.
 
     Raises:
         UserError: a path does not exist, or a folder has no pictures.
     """
     paths: list[Path] = []
-    for name in [images] if isinstance(images, str) else images:
-        path = Path(str(name)).expanduser()
+    for path in _matched([images] if isinstance(images, str) else images):
         if not path.exists():
             raise UserError(f"images: there is no file or folder {path}")
         if not path.is_dir() and not path.is_file():
@@ -39,6 +41,16 @@ def find_images(images: str | list[str]) -> list[Path]:
     if not paths:
         raise UserError("images is an empty list; give a file, a folder, or [a.jpg,b.jpg]")
     return paths
+
+
+def _matched(names: Sequence[str]) -> Iterator[Path]:
+    """The paths that names stand for, in which * ? and [] may match several, ** any folders."""
+    for name in map(str, names):
+        path = Path(name).expanduser()
+        matches = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))
+        if not matches and glob.has_magic(name) and not path.exists():
+            raise UserError(f"images: nothing matches {name}")
+        yield from [Path(match) for match in matches] or [path]
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -72,4 +84,4 @@ def open_picture(path: Path, channels: int = 3, scaled: bool = False) -> Any:
         reason = "Pillow cannot identify it as an image"
     except Exception as error:  # Pillow's plugins raise almost every type
         reason = str(error) or type(error).__name__
-    raise UserError(f"images: {path} cannot be read as a picture: {reason}")
+    raise UserError(f"images: {path} cannot be read as a picture: {reason}; data.on_error=skip leaves such files out")

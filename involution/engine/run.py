@@ -90,6 +90,11 @@ class RunFolder:
         lock.flush()
         self._lock = lock
 
+    @property
+    def described(self) -> bool:
+        """Whether an earlier start has recorded what the run is."""
+        return (self.path / "config.yaml").exists()
+
     def start_over(self) -> None:
         """Forget an earlier run in this folder (train.resume=never)."""
         for name in ("metrics.jsonl", "summary.json"):
@@ -202,6 +207,17 @@ def _git(repository: Path, *arguments: str) -> str | None:
     return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
 
 
+class _Held(logging.Handler):
+    """Keeps messages for the log file, which is opened when it is known that there is a run to log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 class _LogFile(logging.FileHandler):
     """A log file whose disk may be full: that must not bury the message that says so under tracebacks."""
 
@@ -211,7 +227,8 @@ class _LogFile(logging.FileHandler):
 
 def log_to(path: Path | None, is_main: bool) -> None:
     """Send the program's messages to standard error and, with details, to a file; other ranks than 0 only warn, and of
-    what a machine's compiler and driver lack only the first rank there."""
+    what a machine's compiler and driver lack only the first rank there. Without a file messages are held for the next
+    call."""
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     console.setLevel(logging.INFO if is_main else logging.WARNING)
@@ -219,6 +236,11 @@ def log_to(path: Path | None, is_main: bool) -> None:
     if path is not None and is_main:
         handlers.append(_LogFile(path, encoding="utf-8", errors="backslashreplace"))
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    elif path is None:
+        handlers.append(_Held())
+    for record in [record for held in log.handlers if isinstance(held, _Held) for record in held.records]:
+        for handler in handlers[1:]:
+            handler.handle(record)
     for handler in log.handlers:
         handler.close()
     log.handlers[:] = handlers

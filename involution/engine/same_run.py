@@ -1,6 +1,7 @@
 """Whether two configurations describe the same run: what may change when it goes on, and what may not."""
 
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,13 @@ DEFINING = (
     "model.", "data.name", "seed", "train.global_batch_size", "train.exclude_from_decay", "train.freeze",
     "train.layer_decay", "optimizer._target_", "optimizer.name",
 )  # fmt: skip
-# other values of these make a run that has ended another result
-COURSE = (
-    "optimizer.", "schedule.", "augmentation.", "data.train_size", "train.label_smoothing", "train.loss",
-    "train.clip_grad_norm", "train.ema_decay",
+# other values of these leave the result of a run that has ended what it is; how many pictures a rank holds follows from
+# the number of ranks
+SAME_RESULT = (
+    *PLACE, "deterministic", "data.decoder", "data.exclude", "data.max_pixels", "data.on_error", "train.batch_size",
+    "train.checkpoint_every_minutes", "train.checkpoint_every_steps", "train.compile", "train.evaluate_every_epochs",
+    "train.evaluate_every_steps", "train.keep_checkpoints", "train.log_every_steps", "train.max_bad_steps",
+    "train.timeout_minutes",
 )  # fmt: skip
 # what keys mean that earlier configurations lack
 LATER = {
@@ -50,6 +54,8 @@ def differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") ->
 def check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict[str, tuple[Any, Any]]:
     """Refuse to continue a run as another one; report, and return, what else has changed."""
     changed = differences(state["config"], now)
+    if _same_file(*changed.get("checkpoint", (None, None))):  # written in another way
+        del changed["checkpoint"]
     fatal = {key: values for key, values in changed.items() if key.startswith(DEFINING)}
     if now["checkpoint"] is not None and "checkpoint" in changed:  # other weights to start from: not this run's course
         fatal["checkpoint"] = changed["checkpoint"]
@@ -72,16 +78,30 @@ def check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict
         log.warning("continuing with %s=%s, which was %s", key, b, a)
     if others:
         log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set.fingerprint)
-    return changed
+        changed["the data set"] = state["data"], data_set.fingerprint
+    return {key: values for key, values in changed.items() if _is_known(key, state["config"])}
+
+
+def _is_known(key: str, config: Any) -> bool:
+    """Whether a configuration has a key: an earlier version's lacks some."""
+    for name in key.split(".") if key != "the data set" else ():
+        if not isinstance(config, dict) or name not in config:
+            return key in LATER
+        config = config[name]
+    return True
+
+
+def _same_file(a: str | None, b: str | None) -> bool:
+    return a is not None and b is not None and os.path.realpath(a) == os.path.realpath(b)
 
 
 def check_ended(changed: dict[str, tuple[Any, Any]]) -> None:
-    """Refuse to take a run that has ended for one with other settings, which it would have ended differently with.
+    """Refuse to take a run that has ended for one with other settings, with which it would have ended differently.
 
     Raises:
         UserError: naming them.
     """
-    if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key.startswith(COURSE)]:
+    if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key not in SAME_RESULT]:
         raise UserError(
             f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
             "over in the same folder with train.resume=never"

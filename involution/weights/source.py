@@ -55,6 +55,11 @@ def fetch(location: str | Path, sha256: str | None = None) -> Path:
         published = PUBLISHED[name]
         path = _kept(published.url, Path(urlparse(published.url).path).name)
         _tell(name, published, path)
+    elif name.lower() in ("true", "imagenet"):
+        raise ValueError(
+            f"{name} is no file of weights: give a path, or a name: {', '.join(PUBLISHED)}. Those of timm's models "
+            "first become a file: torch.save(timm.create_model(NAME, pretrained=True).state_dict(), FILE)"
+        )
     elif not path.is_file():
         raise ValueError(f"there is no file {path} (weights that go by a name: {', '.join(PUBLISHED)})")
     _check(path, sha256)
@@ -144,6 +149,8 @@ def _best_of(folder: Path) -> Path:
     Raises:
         ValueError: there is none; what to do.
     """
+    if folder.name == "checkpoints" and (folder / "last.pt").is_file():
+        folder = folder.parent
     best, last = folder / "checkpoints" / "best.pt", folder / "checkpoints" / "last.pt"
     if best.is_file():
         return best

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,8 +57,11 @@ class Classification:
 class Accuracy:
     """Sums over the valid rows of batches, so that adding them up is exact: samples, loss, hits, hits among five."""
 
-    def __init__(self) -> None:
+    def __init__(self, class_names: Sequence[str] = ()) -> None:
+        """class_names: of the data set, where the result is to have each class's top-1 accuracy too."""
         self.counts: Tensor | None = None
+        self.class_names = class_names
+        self.of_classes: Tensor | None = None  # (classes, 2): hits, images
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         self.count(model(batch.images)[: batch.valid].float(), batch)
@@ -68,6 +72,11 @@ class Accuracy:
         ranked = (logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]) & numbers
         sums = (cross_entropy(logits, targets, reduction="sum"), ranked[:, :1].sum(), ranked.sum())
         self.sum_up(logits.new_full((), batch.valid), *sums)
+        if self.class_names:
+            found = torch.stack([ranked[:, 0].double(), torch.ones_like(targets, dtype=torch.float64)], dim=1)
+            if self.of_classes is None:
+                self.of_classes = found.new_zeros(len(self.class_names), 2)
+            self.of_classes.index_add_(0, targets, found)
 
     def sum_up(self, *counts: Tensor) -> None:
         """Add the counts of a batch to those of the batches before."""
@@ -82,7 +91,14 @@ class Accuracy:
     def finish(self, world: World) -> dict[str, Any]:
         n, *sums = self.totals()
         loss, top1, top5 = (total / max(n, 1) for total in sums)
-        return {"loss": loss, "top1": 100 * top1, "top5": 100 * top5, "n": round(n)}
+        scores = {"loss": loss, "top1": 100 * top1, "top5": 100 * top5, "n": round(n)}
+        if not self.class_names:
+            return scores
+        assert self.of_classes is not None
+        rows = zip(self.class_names, sum_over_ranks(self.of_classes).tolist(), strict=True)
+        return scores | {
+            "classes": {name: {"top1": 100 * hits / n if n else None, "n": round(n)} for name, (hits, n) in rows}
+        }
 
 
 class RecordedAccuracy(Accuracy):
@@ -95,7 +111,7 @@ class RecordedAccuracy(Accuracy):
     """
 
     def __init__(self, name: str, loader: EvalLoader) -> None:
-        super().__init__()
+        super().__init__(loader.dataset.class_names)
         self.path, self.loader = output_file("predictions", name, ".csv"), loader
         self.predicted: list[Tensor] = []
 
@@ -153,6 +169,11 @@ def open_val(d: DataConfig) -> ImageList:
 
 def train_loader(split: ImageList, config: TrainConfig, world: World) -> data.TrainLoader:
     d, a, o = config.data, config.augmentation, config.train
+    if len(split.class_names) == 1:
+        name = split.class_names[0]
+        below = [] if d.root is None else sorted(p for p in Path(d.root).glob(f"train/{name}/*") if p.is_dir())
+        deeper = f": classes are the folders in train/, and {below[0]} is one level too deep" if below else ""
+        raise UserError(f"the data set has one class, {name!r}, so there is nothing to tell apart{deeper}")
     return data.train_loader(
         split,
         global_batch_size=o.global_batch_size, batch_size=o.batch_size, rank=world.rank, world_size=world.size,
@@ -189,7 +210,7 @@ def gallery(split: ImageList, d: DataConfig) -> HeatMaps:
 
 
 def evaluation(loader: EvalLoader, predictions: str | None) -> Accuracy:
-    return Accuracy() if predictions is None else RecordedAccuracy(predictions, loader)
+    return Accuracy(loader.dataset.class_names) if predictions is None else RecordedAccuracy(predictions, loader)
 
 
 def predictor(opened: Opened, config: EvalConfig, told: dict[str, Any], device: torch.device) -> ClassifiedPictures:
