@@ -118,7 +118,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     if state is not None:
         trainer.load_state_dict(state)
     if trainer.ended:
-        check_ended(changed)
+        check_ended(changed, beyond=trainer.step > trainer.limit)
     if world.is_main and not (trainer.ended and run.described):
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)

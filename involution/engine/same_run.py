@@ -32,6 +32,7 @@ SAME_RESULT = (
     "train.evaluate_every_steps", "train.keep_checkpoints", "train.log_every_steps", "train.max_bad_steps",
     "train.timeout_minutes",
 )  # fmt: skip
+LENGTH = ("train.epochs", "train.max_steps", "train.steps")
 # what keys mean that earlier configurations lack
 LATER = {
     "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
@@ -95,13 +96,17 @@ def _same_file(a: str | None, b: str | None) -> bool:
     return a is not None and b is not None and os.path.realpath(a) == os.path.realpath(b)
 
 
-def check_ended(changed: dict[str, tuple[Any, Any]]) -> None:
+def check_ended(changed: dict[str, tuple[Any, Any]], beyond: bool) -> None:
     """Refuse to take a run that has ended for one with other settings, with which it would have ended differently.
+
+    Args:
+        beyond: it has gone on past the end that it is to have now. One that is made to end where it stands may.
 
     Raises:
         UserError: naming them.
     """
-    if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key not in SAME_RESULT]:
+    same = SAME_RESULT if beyond else (*SAME_RESULT, *LENGTH)
+    if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key not in same]:
         raise UserError(
             f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
             "over in the same folder with train.resume=never"
