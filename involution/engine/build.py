@@ -63,7 +63,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         "%d samples to train on, %d to validate, %d classes: %s",
         len(train), len(val), len(train.class_names), few(train.class_names),
     )  # fmt: skip
-    if o.global_batch_size > len(train):
+    if o.global_batch_size > len(train) and world.is_main:
         log.warning(
             "train.global_batch_size=%d is more than there are samples: an epoch is one step of %d. "
             "recipe=finetune and recipe=study have small batches", o.global_batch_size, len(train),

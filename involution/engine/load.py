@@ -101,8 +101,9 @@ def _stands_alone(setup: Setup, d: Any) -> bool:
 
 
 def _by_its_own_names(opened: Opened, d: Any) -> ImageList:
-    """Such pictures, their classes numbered as the checkpoint's."""
-    return numbered(class_map.list_images(d.root, d.exclude), tuple(opened.class_names or ()), Path(d.root))
+    """Such pictures, their classes numbered as the checkpoint's where it has them all."""
+    images, names = class_map.list_images(d.root, d.exclude), tuple(opened.class_names or ())
+    return numbered(images, names, Path(d.root)) if {*images.class_names} <= {*names} else images
 
 
 def _mapped(config: EvalConfig, opened: Opened, setup: Setup, d: Any) -> tuple[ImageList, Evaluation]:
