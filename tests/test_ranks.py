@@ -107,5 +107,6 @@ def test_a_second_run_in_the_folder_is_refused_and_a_dead_ones_lock_is_not_in_th
     assert re.search(rf"another run is writing to {tmp_path}/run: host \S+, pid {first.pid}\b", second.stderr)
     first.kill()  # this process alone: its loader's worker lives on for a while
     first.communicate()
-    third = train(tmp_path / "run", images, "train.epochs=1000", "data.loader=torch", "train.max_steps=1")
+    end = f"train.max_steps={saved_step(tmp_path / 'run') + 2}"
+    third = train(tmp_path / "run", images, "train.epochs=1000", "data.loader=torch", end)
     assert third.status == 0, third.stderr

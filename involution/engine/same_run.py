@@ -107,8 +107,9 @@ def check_ended(changed: dict[str, tuple[Any, Any]], beyond: bool) -> None:
     """
     same = SAME_RESULT if beyond else (*SAME_RESULT, *LENGTH)
     if other := [f"{key} was {a}, is {b}" for key, (a, b) in changed.items() if key not in same]:
+        how = "has gone on past its new end" if beyond else "has ended, with other settings"
         raise UserError(
-            f"this run has ended, with other settings: {'; '.join(other)}. Give the new one another name=, or start "
+            f"this run {how}: {'; '.join(other)}. Give the new one another name=, or start "
             "over in the same folder with train.resume=never"
         )
 
