@@ -48,10 +48,10 @@ def writable(path: str | Path, suffix: str) -> Path:
 
 
 def unknown_name(what: str, given: str, valid: Iterable[str]) -> str:
-    """The message for a name that is none of ``valid``, with the nearest of them."""
+    """The message for a name that is none of ``valid``, with the nearest of them where one is near."""
     valid = list(valid)
-    nearest = difflib.get_close_matches(given, valid, n=1, cutoff=0)[0]
-    return f"unknown {what} {given!r}; did you mean {nearest!r}? Valid: {', '.join(valid)}"
+    nearest = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(given, valid, n=1, cutoff=0.5))
+    return f"unknown {what} {given!r}{nearest or '.'} Valid: {', '.join(valid)}"
 
 
 def few(names: Sequence[str]) -> str:

@@ -112,6 +112,7 @@ def test_evaluating_pictures_without_a_training_split(run: Path, images: Path, t
         (["recipe=demo", "schedule.warmup_steps=2.5"], "schedule.warmup_steps=2.5 should be a whole number"),
         (["recipe=demo", "optimizer=adamw", "optimizer.lr=1e-3", "optimizer.betas=[0.9]"], "list index out of range"),
         (["device=gpu"], "did you mean cuda?"),
+        (["recipe=demo_detection", "model.backbone.name=convnext_tiny"], "unknown backbone.name 'convnext_tiny'"),
         (["recipe=demo", "data.mean=0.5"], "data.mean: it should be a list, as in [0.5,0.5,0.5]"),
         (["recipe=finetune", "checkpoint=true", "data.root=IMAGES"], "true is no file of weights"),
     ],

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from involution.models import create_model
+from involution.checks import unknown_name
+from involution.models import MODELS, create_model
 from involution.models.bottleneck import EXPANSION, STAGE_WIDTHS, BottleneckNetwork
 from involution.weights import load_into, open_weights, other_options
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 LEVELS = tuple(EXPANSION * width for width in STAGE_WIDTHS)  # channels of C2 to C5
 STRIDES = (4, 8, 16, 32)
+OTHERS = ("san", "axial")  # networks that are not made of bottlenecks
 
 
 class Backbone(nn.Module):
@@ -49,6 +51,8 @@ class Backbone(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if name not in MODELS:
+            raise ValueError(unknown_name("backbone.name", name, [m for m in MODELS if not m.startswith(OTHERS)]))
         if name.startswith("rednet"):
             options = {"stem_kernel_size": 7} | options
         if options.get("output_stride", 32) != 32:
