@@ -125,7 +125,7 @@ def span_forward(
     input: Tensor, reduced: Tensor, weight: Tensor, bias: Tensor | None, kernel_size: int, stride: int, padding: int,
     dilation: int,
 ) -> Tensor:  # fmt: skip
-    if not tiles.make_taps(input.dtype):
+    if not tiles.make_taps(reduced.shape[1], input.dtype):
         return forward(input, composed.span_kernel(reduced, weight, bias, kernel_size), stride, padding, dilation)
     weight, bias, common = _span(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
     out = empty_output(input, input.shape[1], common["HO"], common["WO"])

@@ -56,12 +56,13 @@ def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     return next((t for t in TILES if registers_suffice(t, a, hidden)), TILES[-1])
 
 
-def make_taps(dtype: torch.dtype) -> bool:
+def make_taps(hidden: int, dtype: torch.dtype) -> bool:
     """Whether taps are made on the chip; else a convolution makes all kernels for that moment.
 
-    float64, which nobody trains in, would take more shared memory than GPUs but the largest have.
+    float64, which nobody trains in, and more than a kilobyte of hidden channels (float32: 256) would take more shared
+    memory than GPUs but the largest have: Table 6c's linear map has 512 of them in its last stage.
     """
-    return dtype != torch.float64
+    return dtype != torch.float64 and power(hidden) * dtype.itemsize <= 1024
 
 
 def make_taps_again(hidden: int, dtype: torch.dtype) -> bool:
@@ -71,7 +72,7 @@ def make_taps_again(hidden: int, dtype: torch.dtype) -> bool:
     kernels (H100, RedNet-50) that is faster up to 32 hidden channels (stage 2: 90 us against 113), not from 64 on
     (stage 3: 74 against 57, stage 4: 55 against 31).
     """
-    return make_taps(dtype) and hidden < 64
+    return make_taps(hidden, dtype) and hidden < 64
 
 
 def grad_kernel_tile(a: dict[str, Any]) -> Tile:

@@ -155,6 +155,6 @@ def launches(layer: Layer | Norm, dtype: torch.dtype, batch: int, fused: bool | 
     }
     if fused:
         return made
-    forward = "span_forward" if tiles.make_taps(dtype) else "forward"
+    forward = "span_forward" if tiles.make_taps(layer.reduced, dtype) else "forward"
     grad_input = "span_grad_input" if tiles.make_taps_again(layer.reduced, dtype) else "grad_input"
     return {name: (plain | made)[name] for name in (forward, grad_input, "grad_kernel")}
