@@ -118,6 +118,19 @@ def test_a_tile_depends_on_the_shape_alone() -> None:
     assert tiles[1] == tiles[256]
 
 
+@pytest.mark.parametrize(
+    ("hidden", "dtype", "fused"),
+    [
+        (512, torch.float32, False),  # 128 KiB of shared memory, which only the largest GPUs have
+        (300, torch.float32, False), (256, torch.float32, True), (512, torch.bfloat16, True),
+        (1024, torch.bfloat16, False), (64, torch.float64, False),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_shared_memory_runs_unfused(hidden: int, dtype: torch.dtype, fused: bool) -> None:
+    """Table 6c's linear map makes kernels of all 512 channels of the last stage."""
+    assert ("span_forward" in launches(Layer((512, 7, 7), 32, 7, 1, 1, hidden), dtype, 1)) == fused
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter")
 @pytest.mark.parametrize("layer", [Layer((64, 56, 56), 4, 7, 1, 1, 16), Layer((64, 56, 56), 4, 7, 2, 1, None)])
 def test_one_compilation_serves_images_of_all_sizes(layer: Layer) -> None:
