@@ -91,7 +91,7 @@ def plan_finish_gradients(
 
 
 def plan_apply_gradients(grad: Tensor, x: Tensor, coefficients: Tensor, out: Tensor, mask: bool) -> Launch:
-    """Of fewer channels than 16 five programs at once have 96 registers a thread; a sixth would spill."""
+    """Of fewer channels than 16 four programs at once have 128 registers a thread; more at once would spill."""
     arguments = {"grad": grad, "x": x, "coefficients": coefficients, "out": out, "MASK": mask}
     launch = _each_place(kernels.apply_gradients_kernel, x, arguments)
-    return launch._replace(registers=None if launch.arguments["BC"] >= 16 else 96)
+    return launch._replace(registers=None if launch.arguments["BC"] >= 16 else 128)
