@@ -34,6 +34,8 @@ def main(composed: DictConfig) -> None:
     world = init_world(config.device, config.train.timeout_minutes)
     atexit.register(leave_world)
     log_to(None, world.is_main)
+    if world.is_main and (remark := cli.rate_of_another_optimizer(composed)):
+        log.warning(remark)
     same_on_all_ranks("code version", code_version())
     same_on_all_ranks("configuration", dataclasses.asdict(config))
     o, fixed = config.train, "train.batch_size" in given(HydraConfig.get().overrides.task)

@@ -22,15 +22,15 @@ class BadImageError(ValueError):
     Attributes:
         path: of the file (for shards "shard.tar/member").
         reason: what the operating system or Pillow said.
+        lost: it was the operating system: there are no bytes to decode.
     """
 
-    def __init__(self, path: str, reason: str) -> None:
+    def __init__(self, path: str, reason: str, lost: bool = False) -> None:
         super().__init__(f"cannot read image {path!r}: {reason}; {ADVICE}")
-        self.path = path
-        self.reason = reason
+        self.path, self.reason, self.lost = path, reason, lost
 
-    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
-        return type(self), (self.path, self.reason)
+    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str, bool]]:
+        return type(self), (self.path, self.reason, self.lost)
 
 
 class LostDataError(RuntimeError):

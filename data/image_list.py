@@ -30,7 +30,7 @@ def read_file(path: str) -> bytes:
     try:
         return patiently(read)
     except OSError as error:
-        raise BadImageError(path, error.strerror or str(error)) from error
+        raise BadImageError(path, error.strerror or str(error), lost=True) from error
 
 
 def read_span(path: str, offset: int, size: int) -> bytes:
@@ -123,7 +123,7 @@ class ImageList:
         try:
             return read_span(self.shards[shard], offset, size)
         except OSError as error:
-            raise BadImageError(self.paths[index], error.strerror or str(error)) from error
+            raise BadImageError(self.paths[index], error.strerror or str(error), lost=True) from error
 
     def select(self, keep: np.ndarray) -> "ImageList":
         """The images at the sorted indices `keep`; class names stay."""

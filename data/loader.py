@@ -25,7 +25,7 @@ from data.transforms import Transform, normalise
 
 log = logging.getLogger("involution.data")
 
-IN_ROW = 16  # files that cannot be read, none between them that can: then it is not the files
+IN_ROW = 16  # files that are not there, none between them that is: then it is not the files
 Row = TypeVar("Row")
 
 
@@ -141,6 +141,7 @@ class _Loader:
     settings: Any  # `images` are in it; here Settings
     on_error: str
     skipped: dict[str, str] = field(default_factory=dict)
+    _lost: int = 0
 
     def __post_init__(self) -> None:
         if self.on_error not in ("stop", "skip"):
@@ -179,10 +180,17 @@ class _Loader:
             if error.path not in self.skipped:
                 self.skipped[error.path] = error.reason
                 log.warning("left out %r: %s (%d files so far)", error.path, error.reason, len(self.skipped))
-        if bad and self._too_many(len(bad), valid):
-            raise LostDataError(bad[-1])
+        lost = [error for error in bad if error.lost]
+        self._lost = self._lost_so_far(len(lost), valid)
+        if lost and self._lost >= self._limit():
+            raise LostDataError(lost[-1])
 
-    def _too_many(self, bad: int, valid: int) -> bool:
+    def _lost_so_far(self, now: int, valid: int) -> int:
+        """Files that are not there, with those of a batch of which `valid` others were read."""
+        return self._lost + now
+
+    def _limit(self) -> int:
+        """So many are too many."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -200,7 +208,6 @@ class TrainLoader(_Loader):
         super().__init__(backend, settings, on_error)
         self.plan, self.seed = plan, seed
         self.epoch = self.batch = 0
-        self._unread = 0  # files since the last one that could be read
         self._stream: Iterator[Loaded] | None = None
 
     @property
@@ -243,9 +250,11 @@ class TrainLoader(_Loader):
                 yield self.plan.micro_batch(order, epoch, number)
             epoch, batch = epoch + 1, 0
 
-    def _too_many(self, bad: int, valid: int) -> bool:
-        self._unread = 0 if valid else self._unread + bad
-        return self._unread >= min(IN_ROW, len(self.dataset))
+    def _lost_so_far(self, now: int, valid: int) -> int:
+        return 0 if valid else self._lost + now
+
+    def _limit(self) -> int:
+        return min(IN_ROW, len(self.dataset))
 
     def __iter__(self) -> "TrainLoader":
         return self
@@ -270,10 +279,12 @@ class EvalLoader(_Loader):
     def __len__(self) -> int:
         return len(self.requests)
 
-    def _too_many(self, bad: int, valid: int) -> bool:
-        return len(self.skipped) > max(IN_ROW, sum(request.valid for request in self.requests) // 2)
+    def _limit(self) -> int:
+        mine = sum(request.valid for request in self.requests)
+        return min(mine, max(IN_ROW, mine // 2))
 
     def __iter__(self) -> Iterator[Batch]:
         self.skipped.clear()  # a file may be readable again
+        self._lost = 0
         stream = self.backend.stream(self.requests)
         return (self._take(stream) for _ in self.requests)

@@ -57,7 +57,8 @@ class ParquetList(ImageList):
                 return parquet_pages.cut(read_span(self.shards[file], place.offset, place.stored), place)
             data: bytes | None = patiently(lambda: _group(self.shards[file], group))[row].as_py()
         except (OSError, ValueError) as error:  # pyarrow's exceptions are among them
-            raise BadImageError(self.paths[index], getattr(error, "strerror", None) or str(error)) from error
+            reason = getattr(error, "strerror", None) or str(error)
+            raise BadImageError(self.paths[index], reason, lost=isinstance(error, OSError)) from error
         if data is None:
             raise BadImageError(self.paths[index], "the row has no bytes, at most a path")
         return data

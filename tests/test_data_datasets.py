@@ -88,7 +88,7 @@ def _open_demo(cache: str) -> int:
 def test_demo_is_written_once_by_many_processes(tmp_path: Path):
     with multiprocessing.get_context("fork").Pool(3) as pool:
         assert pool.map(_open_demo, [str(tmp_path / "c")] * 3, chunksize=1) == [1442] * 3
-    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".digits-64.lock", "digits-64"]
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [".digits-64.lock", "digits-64", "lists"]
 
 
 def test_listing_equals_torchvisions_image_folder(imagenette: Path, edge_cases: Path, tmp_path: Path):

@@ -56,7 +56,7 @@ def test_two_photos(two, name, neck, head, optimizer):
     images = [picture for picture, _ in rows]
     boxes, labels = ([torch.from_numpy(one[k]) for _, one in rows] for k in (0, 1))
     targets = DetectionBatch(images, boxes, labels, [one.masks for _, one in rows], [0, 1], 2, []).targets(True)
-    count = 140 if name == "mask_rcnn" else 60  # after 60 another rounding, as another seed, may leave an object out
+    count = 60 if name == "retinanet" else 140  # after 60 another rounding, as another seed, may leave an object out
     for step in range(count):
         steps.param_groups[0]["lr"] = rate * min(1, (step + 1) / 5) * (1 if step < 3 * count // 4 else 0.1)
         loss = sum(model(images, targets).values())

@@ -106,7 +106,6 @@ def test_evaluating_pictures_without_a_training_split(run: Path, images: Path, t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["recipe=demo", "optimizer=adamw"], "for adamw give one, as in optimizer.lr=0.001"),
         (["recipe=demo", "schedule.min_lr=5"], "schedule.min_lr=5 should be at most optimizer.lr=0.02"),
         (["recipe=demo", "schedule=step", "schedule.milestones=[-1]"], "it should be a list of epochs"),
         (["recipe=demo", "schedule.warmup_steps=2.5"], "schedule.warmup_steps=2.5 should be a whole number"),
@@ -123,11 +122,16 @@ def test_values_that_cannot_work(arguments: list[str], message: str, images: Pat
                        f"output_root={tmp_path}"), message)  # fmt: skip
 
 
-def test_a_learning_rate_of_ones_own_is_taken(tmp_path: Path) -> None:
-    words = ["recipe=demo", "optimizer=adamw", "optimizer.lr=1e-3", "train.max_steps=1", "schedule.warmup_epochs=15"]
-    finished = in_process("train.py", *words, "train.epochs=1", "device=cpu", f"output_root={tmp_path}")
-    assert finished.status == 0, finished.stderr
-    assert "optimizer.lr is never reached" in finished.stderr
+def test_a_recipes_learning_rate_under_another_optimizer_is_remarked(tmp_path: Path) -> None:
+    words = ["recipe=demo", "optimizer=adamw", "train.max_steps=1", "train.epochs=1", "schedule.warmup_epochs=15"]
+    for rate in ([], ["optimizer.lr=1e-3", "train.resume=never"]):
+        finished = in_process("train.py", *words, *rate, "device=cpu", f"output_root={tmp_path}")
+        assert finished.status == 0, finished.stderr
+        assert "optimizer.lr is never reached" in finished.stderr
+        remark = (
+            "recipe=demo has optimizer.lr=0.02, which is for optimizer=sgd; adamw's usual one is optimizer.lr=0.001"
+        )
+        assert (remark in finished.stderr) == (not rate)
 
 
 def test_a_runs_folder_is_taken_wherever_a_checkpoint_is(run: Path, images: Path, tmp_path: Path) -> None:

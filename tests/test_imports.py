@@ -7,15 +7,15 @@ from programs import ROOT
 
 # each may import itself and what stands before it
 ORDER = [
-    "involution.checks", "involution.pictures", "involution.cache", "involution.cores", "involution.ops",
-    "involution.unwatched", "involution.attention", "involution.kernel_generation", "involution.layers",
-    "involution.sequence", "involution.calls", "involution.complexity", "involution.weights", "involution.conversion",
-    "involution.models", "involution.folding", "involution.visualize", "involution.dense", "involution.loading",
-    "involution.model_card", "involution.packages", "involution.export", "involution", "data", "involution.engine",
-    "hydra_plugins", "scripts", "hubconf", "train", "eval",
+    "involution.checks", "involution.pictures", "involution.cache", "involution.cores", "involution.outage",
+    "involution.ops", "involution.unwatched", "involution.attention", "involution.kernel_generation",
+    "involution.layers", "involution.sequence", "involution.calls", "involution.complexity", "involution.weights",
+    "involution.conversion", "involution.models", "involution.folding", "involution.visualize", "involution.dense",
+    "involution.loading", "involution.model_card", "involution.packages", "involution.export", "involution", "data",
+    "involution.engine", "hydra_plugins", "scripts", "hubconf", "train", "eval",
 ]  # fmt: skip
 UPWARDS = {("involution.models", "involution.dense")}  # create_model makes any network by its name
-LEAVES = ("involution.cache", "involution.checks", "involution.cores", "involution.pictures")  # `data` may take these
+LEAVES = tuple(f"involution.{name}" for name in ("cache", "checks", "cores", "outage", "pictures"))  # of `data` too
 CONFIGURATION = ("hydra", "omegaconf", "torch.distributed", "involution.engine")
 LOOP = [f"involution.engine.{name}" for name in ("trainer", "learner", "evaluate", "meter", "guard")]
 
@@ -59,5 +59,6 @@ def test_imports_point_one_way():
     assert not wrong, "imports point downwards; a new module of involution has a place in ORDER"
     # the loop is told of tasks by their protocols alone
     tasks = {each for module in LOOP for each in imports(modules[module], module) if "engine.tasks" in each}
-    assert tasks <= {f"involution.engine.tasks.{name}" for name in ("Batch", "Evaluation", "Gallery", "Task")}
+    protocols = ("Batch", "Evaluation", "Gallery", "Loader", "Task", "TrainLoader")
+    assert tasks <= {f"involution.engine.tasks.{name}" for name in protocols}
     assert not {each for module in LOOP for each in imports(modules[module], module) if "engine.config" in each}

@@ -211,7 +211,7 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
         found = None
     path: Path | None = gather_objects(found and found[0])[0]
     if path is None:
-        return None if resume == "auto" else read(Path(_origin(resume) or resume))
+        return None if resume == "auto" else read(_file(resume))
     if world.is_main:
         log.info("going on from %s", path)
     return found[1] if found else read(path)
@@ -219,10 +219,11 @@ def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
 
 def _origin(resume: str) -> str | None:
     """The checkpoint that `train.resume` names, in whatever way; of a run's folder its last one."""
-    if resume in ("auto", "never"):
-        return None
-    last = os.path.join(resume, "checkpoints", "last.pt")
-    return os.path.abspath(last if os.path.isdir(resume) else resume)
+    return None if resume in ("auto", "never") else os.path.abspath(_file(resume))
+
+
+def _file(resume: str) -> Path:
+    return Path(resume, "checkpoints", "last.pt") if os.path.isdir(resume) else Path(resume)
 
 
 def _began_from(state: State) -> str | None:

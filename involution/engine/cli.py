@@ -50,7 +50,6 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
         try:
             _refuse_study_alone(in_sweep)
             _refuse_name_of_another_model()
-            _refuse_rate_of_another_optimizer(config)
             main(config)
         except Exception as error:
             _remove_unused_folder()
@@ -85,21 +84,22 @@ def _refuse_name_of_another_model() -> None:
         raise UserError(f"model.name is for model=timm; this project's networks are chosen by model={names[-1]}")
 
 
-def _refuse_rate_of_another_optimizer(config: DictConfig) -> None:
-    """A recipe's learning rate is for its own optimizer: AdamW with SGD's would diverge, without a word."""
+def rate_of_another_optimizer(config: DictConfig) -> str:
+    """A remark where a recipe's learning rate meets another optimizer than its own: AdamW with SGD's diverges."""
     node = HydraConfig.get()
     chosen, recipe = node.runtime.choices.get("optimizer"), node.runtime.choices.get("recipe")
     keys = given(node.overrides.task)
     if "optimizer" not in keys or "optimizer.lr" in keys or recipe is None:
-        return
+        return ""
     folder = next(source.path for source in node.runtime.config_sources if source.provider == "main")
     own, rate = _of_recipe(Path(folder) / "recipe", recipe)
-    if rate is not None and chosen != own:
-        usual = OmegaConf.load(Path(folder) / "optimizer" / f"{chosen}.yaml").lr
-        raise UserError(
-            f"recipe={recipe} has optimizer.lr={config.optimizer.lr}, which is for optimizer={own}; for {chosen} give "
-            f"one, as in optimizer.lr={usual}"
-        )
+    if rate is None or chosen == own:
+        return ""
+    usual = OmegaConf.load(Path(folder) / "optimizer" / f"{chosen}.yaml").lr
+    return (
+        f"recipe={recipe} has optimizer.lr={config.optimizer.lr}, which is for optimizer={own}; {chosen}'s usual one "
+        f"is optimizer.lr={usual}"
+    )
 
 
 def _of_recipe(folder: Path, name: str) -> tuple[str, Any]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,7 +16,7 @@ from involution.engine.device import choose_device, keep_freed_memory
 from involution.engine.errors import UserError
 from involution.engine.peers import Peers
 
-SYNCHRONISED = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, BatchNormAct2d)
+SYNCHRONISED = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "BatchNormAct2d"]
 _peers: Peers | None = None  # there is one process group in a process, and one watch over it
 
 
@@ -103,10 +102,14 @@ def synchronise(model: torch.nn.Module) -> torch.nn.Module:
         UserError: it has a kind of BatchNorm whose own work would be lost.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm) and type(module) not in SYNCHRONISED:
+        if isinstance(module, _BatchNorm) and type(module).__name__ not in SYNCHRONISED:
             raise UserError(
                 f"train.sync_batchnorm knows torch's and timm's BatchNorm; {name} is a {type(module).__name__}"
             )
+    try:
+        from timm.layers import convert_sync_batchnorm
+    except ImportError:  # then nothing of timm's is in the model
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return convert_sync_batchnorm(model)
 
 

@@ -55,7 +55,7 @@ def build_evaluation(config: EvalConfig, overrides: list[str], world: World) -> 
         from_timm.check_sizes(opened.model, opened.arguments, [d.val_size])
     mapped = None
     if config.class_map is None:
-        val = _by_its_own_names(opened, d) if _stands_alone(setup, d) and opened.class_names else setup.open_val(d)
+        val = _by_its_own_names(opened, d) if _has_its_classes(opened, setup, d) else setup.open_val(d)
         _check_classes(opened, val.class_names, config.checkpoint)
     else:
         val, mapped = _mapped(config, opened, setup, d)
@@ -98,6 +98,13 @@ def write_results(name: str, results: Sequence[dict[str, Any]]) -> None:
 def _stands_alone(setup: Setup, d: Any) -> bool:
     """Whether a classifier's pictures are there with none to train on, which number the classes elsewhere."""
     return setup is classification and d.name == "folder" and bool(d.root) and not present(Path(d.root))
+
+
+def _has_its_classes(opened: Opened, setup: Setup, d: Any) -> bool:
+    """Whether such pictures are in folders of the checkpoint's classes."""
+    names = opened.class_names or []
+    places = [Path(d.root), Path(d.root) / "val"] if _stands_alone(setup, d) else []
+    return any((place / name).is_dir() for place in places for name in names)
 
 
 def _by_its_own_names(opened: Opened, d: Any) -> ImageList:
