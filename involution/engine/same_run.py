@@ -79,13 +79,13 @@ def check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict
         log.warning("continuing with %s=%s, which was %s", key, b, a)
     if others:
         log.warning("continuing on a data set that has changed: it was %s, is %s", state["data"], data_set.fingerprint)
-        changed["the data set"] = state["data"], data_set.fingerprint
-    return {key: values for key, values in changed.items() if _is_known(key, state["config"])}
+    known = {key: values for key, values in changed.items() if _is_known(key, state["config"])}
+    return known | ({"the data set": (state["data"], data_set.fingerprint)} if others else {})
 
 
 def _is_known(key: str, config: Any) -> bool:
     """Whether a configuration has a key: an earlier version's lacks some."""
-    for name in key.split(".") if key != "the data set" else ():
+    for name in key.split("."):
         if not isinstance(config, dict) or name not in config:
             return key in LATER
         config = config[name]

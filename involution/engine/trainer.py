@@ -152,7 +152,8 @@ class Trainer:
         minutes, steps = self.options.checkpoint_every_minutes, self.options.checkpoint_every_steps
         due = minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         agreed = self.poll(SAVE if due else 0)
-        again = self.step == self.saved + 1  # asked for at the poll that brought the answer, while others still asked
+        # among ranks, asked for once more at the very poll that brought the answer
+        again = self.world.size > 1 and self.step == self.saved + 1
         if (agreed == SAVE and not again) or (steps and self.step % steps == 0):
             self.save()
 

@@ -124,8 +124,8 @@ def forward(
     """relu(norm(x) [+ skip]), and the coefficients (parts, 4, C) that the backward needs (a GPU's are 6); updates mean
     and var in training. skip_coefficients: of ``statistics``, where skip is to be normalised too."""
     backend: Any = backends.choose(x, x)
-    weight, bias = weight.contiguous(), bias.contiguous()
     if backend is not cpu:
+        weight, bias = weight.contiguous(), bias.contiguous()
         options = problem.momentum, problem.eps, bool(problem.training)
         return backend.norm_forward(x, weight, bias, mean, var, *options, skip, problem.parts)
     coefficients = statistics(x, weight, bias, mean, var, problem)
@@ -136,7 +136,8 @@ def statistics(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tenso
     """The coefficients (parts, 4, C) of a batch on the CPU; updates mean and var in training."""
     sums = cpu.wide(x.dtype)
     coefficients = x.new_empty(problem.parts, 4, x.shape[1], dtype=sums)
-    weight, bias, new_mean, new_var = (t.to(sums).contiguous() for t in (weight, bias, mean, var))
+    weight, bias = (t.to(sums).contiguous() for t in (weight, bias))
+    new_mean, new_var = mean.to(sums), var.to(sums)
     for of_x, k in _each_part(problem.parts, x, coefficients):
         cpu.call("norm_statistics", x.dtype, problem, of_x, weight, bias, new_mean, new_var, k)
     for statistic, new in ((mean, new_mean), (var, new_var)):
