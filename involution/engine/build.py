@@ -27,7 +27,7 @@ from involution.engine.rendezvous import started_again
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.same_run import check_ended, check_same_run
 from involution.engine.state import seed_everything, use_tf32
-from involution.engine.tasks import check_data
+from involution.engine.tasks import DataSet, check_data
 from involution.engine.trainer import Trainer
 from involution.models import MODELS, from_timm, model_options, without_weights
 from involution.weights.run_file import State, read
@@ -59,15 +59,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
 
     run.open()
     log_to(run.path / "train.log", world.is_main)
-    log.info(
-        "%d samples to train on, %d to validate, %d classes: %s",
-        len(train), len(val), len(train.class_names), few(train.class_names),
-    )  # fmt: skip
-    if o.global_batch_size > len(train) and world.is_main:
-        log.warning(
-            "train.global_batch_size=%d is more than there are samples: an epoch is one step of %d. "
-            "recipe=finetune and recipe=study have small batches", o.global_batch_size, len(train),
-        )  # fmt: skip
+    if world.is_main:
+        _tell_sizes(train, val, o.global_batch_size)
     state = state_to_resume(o.resume, run, world)
     same_on_all_ranks("checkpoint to resume", {"step": state and state["step"]})
     changed = {} if state is None else check_same_run(state, plain, train)
@@ -123,6 +116,18 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def _tell_sizes(train: DataSet, val: DataSet, global_batch_size: int) -> None:
+    log.info(
+        "%d samples to train on, %d to validate, %d classes: %s",
+        len(train), len(val), len(train.class_names), few(train.class_names),
+    )  # fmt: skip
+    if global_batch_size > len(train):
+        log.warning(
+            "train.global_batch_size=%d is more than there are samples: an epoch is one step of %d. "
+            "recipe=finetune and recipe=study have small batches", global_batch_size, len(train),
+        )  # fmt: skip
 
 
 def _check_deterministic(config: TrainConfig, world: World) -> None:
