@@ -51,12 +51,14 @@ bits() { # a run of rednet26 to the last bit: bits STEP NAME max_steps
 step tests 480 python -m pytest -q -m gpu tests/test_triton_gpu.py          # results, bits, graphs, synchronisations
 check synchronisations 120 --batch 128
 check step 240 --batch 8 16 32 128 256                  # RedNet-50 and ResNet-50; 8 to 32: docs/cluster.md's r
+step step-graphs 120 python scripts/gpu/checks.py step --batch 8 16 32 128 256 --cuda-graphs --out "$OUT/step-graphs.json"
 step step-ghost 120 python scripts/gpu/checks.py step --batch 256 --batchnorm-size 32 --out "$OUT/step-ghost.json"
 bench training 180 model --dtype bf16 --train-batch 128 --only training --repeats 9   # the two of them interleaved
 check profile 90 --batch 128
 bits whole whole 20 && bits half resumed 10 && bits resumed resumed 20 &&   # stopped or not, the same weights
   check same-bits 30 --runs "$OUT/runs/whole" "$OUT/runs/resumed"
 check loader 150 --root "$FOLDER" --batch 64 256
+step tiles 200 python scripts/gpu/tiles.py --out "$OUT/tiles.json"
 bench op 240 op --dtype bf16 --batch 128 --all-shapes --skip-compile --only operator
 bench training-32 120 model --dtype bf16 --train-batch 32 --only training --repeats 9
 bench training-fp32 180 model --dtype fp32 --train-batch 128 --only training --repeats 5

@@ -31,7 +31,9 @@ def network() -> nn.Module:
 def after_a_step(model: nn.Module, images: Tensor, targets: Tensor, batch_size: int) -> dict[str, Tensor]:
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=True)
-    options = TrainOptions(precision="fp32", compile=False, clip_grad_norm=None, ema_decay=None, max_bad_steps=2)
+    options = TrainOptions(
+        precision="fp32", compile=False, cuda_graphs=False, clip_grad_norm=None, ema_decay=None, max_bad_steps=2
+    )  # fmt: skip
     world = World(0, 1, torch.device("cpu"))
     learner = Learner(model, Classification(), optimizer, lambda step: 1.0, options, world)
     parts = zip(images.split(batch_size), targets.split(batch_size))

@@ -167,7 +167,9 @@ def test_average_follows_weights_and_statistics_with_timms_warm_up():
 def learner(schedule) -> Learner:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2))
-    options = TrainOptions(precision="fp32", compile=False, clip_grad_norm=None, ema_decay=0.9999, max_bad_steps=2)
+    options = TrainOptions(
+        precision="fp32", compile=False, cuda_graphs=False, clip_grad_norm=None, ema_decay=0.9999, max_bad_steps=2
+    )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=schedule(0), momentum=0.9, fused=True)
     return Learner(model, Classification(), optimizer, schedule, options, World(0, 1, torch.device("cpu")))
 
@@ -203,7 +205,7 @@ def test_momenta_lie_in_memory_as_their_weights_do_now(optimizer):
         for step, form in enumerate(formats):
             model = copy.deepcopy(model).to(memory_format=form)
             options = TrainOptions(
-                precision="fp32", compile=False, clip_grad_norm=None, ema_decay=None, max_bad_steps=2
+                precision="fp32", compile=False, cuda_graphs=False, clip_grad_norm=None, ema_decay=None, max_bad_steps=2
             )
             made = optimizer(model.parameters(), lr=0.1, fused=True, **arguments)
             world = World(0, 1, torch.device("cpu"))
@@ -221,7 +223,8 @@ def test_momenta_lie_in_memory_as_their_weights_do_now(optimizer):
 def learner_with(momentum: float = 0.9, lr: float = 0.1, **changed) -> Learner:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    values = {"precision": "fp32", "compile": False, "clip_grad_norm": None, "ema_decay": None, "max_bad_steps": 9}
+    values = {"precision": "fp32", "compile": False, "cuda_graphs": False}
+    values |= {"clip_grad_norm": None, "ema_decay": None, "max_bad_steps": 9}
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, fused=True)
     world = World(0, 1, torch.device("cpu"))
     return Learner(model, Classification(), optimizer, lambda _: lr, TrainOptions(**values | changed), world)

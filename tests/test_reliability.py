@@ -108,7 +108,9 @@ def test_a_bad_step_leaves_no_trace_in_weights_statistics_or_momenta():
     torch.manual_seed(0)
     model = create_model("rednet26", num_classes=3)
     world = World(0, 1, torch.device("cpu"))
-    options = TrainOptions(precision="fp32", compile=False, clip_grad_norm=None, ema_decay=0.5, max_bad_steps=2)
+    options = TrainOptions(
+        precision="fp32", compile=False, cuda_graphs=False, clip_grad_norm=None, ema_decay=0.5, max_bad_steps=2
+    )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     learner = Learner(model, Classification(), optimizer, lambda step: 0.1, options, world)
     images, targets = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])

@@ -4,11 +4,21 @@ Shape legend: B batch, C channels, G groups, K kernel size, H W input size, R re
 """
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from data import Batch
+from involution import create_model
+from involution.engine.distributed import World
+from involution.engine.learner import Learner
+from involution.engine.options import TrainOptions
+from involution.engine.tasks.classification import Classification
+from involution.kernel_generation import stride_pool
 from involution.ops import involution2d, norm, reference, span_involution2d
 from scripts.gpu import checks
 
@@ -88,7 +98,8 @@ def test_the_same_bits_every_time(stage: int, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    x = torch.zeros(700, 64, 224, 224, device="cuda", dtype=torch.bfloat16, memory_format=torch.channels_last)
+    size, channels_last = (700, 64, 224, 224), torch.channels_last
+    x = torch.empty(size, device="cuda", dtype=torch.bfloat16, memory_format=channels_last).zero_()
     x[-1] = torch.randn(64, 224, 224, device="cuda")
     kernel = torch.ones(1, 1, 1, 1, 1, 1, device="cuda", dtype=torch.bfloat16).expand(700, 1, 3, 3, 224, 224)
     out = involution2d(x, kernel)
@@ -119,6 +130,73 @@ def test_under_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(out, expected)
     for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("size", [28, 27])
+def test_strided_kernel_generation_pools_as_torch_does(size: int) -> None:
+    x = torch.randn(4, 32, size, size, device="cuda", dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    exact = x.double().requires_grad_()
+    out, expected = stride_pool(2)(x.requires_grad_()), F.avg_pool2d(exact, 2, 2, 0, True, False)
+    grad = torch.randn_like(out)
+    grads = [*torch.autograd.grad(out, x, grad), *torch.autograd.grad(expected, exact, grad.double())]
+    close([out, grads[0]], [expected, grads[1]], torch.bfloat16)
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (out, grads[0]))
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_training_by_cuda_graphs_gives_the_same_bits(
+    count: int, distributed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accumulated gradients, BatchNorm's statistics, random layers and an evaluation in between included."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    world, lr = World(0, 1 + distributed, torch.device("cuda", 0)), 0.1  # the other rank is left out
+    images = torch.randn(3 * count, 8, 3, 64, 64, device="cuda")
+    if distributed:
+        torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+
+    def train(cuda_graphs: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = (
+            create_model("rednet26", num_classes=10, drop_path_rate=0.2).cuda().to(memory_format=torch.channels_last)
+        )
+        options = TrainOptions(
+            precision="bf16", compile=False, cuda_graphs=cuda_graphs, clip_grad_norm=1.0, ema_decay=0.9, max_bad_steps=2
+        )
+        optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, fused=True)
+        learner = Learner(model.train(), Classification(), optimizer, lambda _: lr, options, world)
+        for step, part in enumerate(images.split(count)):
+            batches = [Batch(x.to(memory_format=torch.channels_last), torch.arange(8, device="cuda"), 8) for x in part]
+            learner.step(step, batches, count, 8.0 * count)
+            with torch.no_grad():
+                learner.model.eval()(images[0])
+            learner.model.train()
+        return model.state_dict()
+
+    try:
+        plain, replayed = train(False), train(True)
+    finally:
+        if distributed:
+            torch.distributed.destroy_process_group()
+    assert [name for name in plain if not torch.equal(plain[name], replayed[name])] == []
+
+
+WAITS = """
+import torch
+from involution.engine.graphs import Captured
+
+class Waits(torch.nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) * x.amax().item()
+
+Captured(Waits(3, 4, 3).cuda())(torch.randn(2, 3, 8, 8, device="cuda"))
+"""
+
+
+def test_a_model_that_waits_for_the_gpu_cannot_be_captured() -> None:
+    """In a process of its own: what is broken off leaves CUDA's random numbers unusable."""
+    run = subprocess.run([sys.executable, "-c", WAITS], capture_output=True, text=True)
+    assert "UserError: train.cuda_graphs=true: this model cannot be captured (" in run.stderr, run.stderr
 
 
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:

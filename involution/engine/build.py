@@ -49,6 +49,8 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     remark = check_model(config.model)
     setup.check(config, world)
     _check_deterministic(config, world)
+    if o.cuda_graphs:
+        _check_graphs(config, world, setup.SIZES_VARY)
     boards.check(config.logging)
     train, val = setup.open_dataset(config.data)
     if not len(train):
@@ -128,6 +130,22 @@ def _tell_sizes(train: DataSet, val: DataSet, global_batch_size: int) -> None:
             "train.global_batch_size=%d is more than there are samples: an epoch is one step of %d. "
             "recipe=finetune and recipe=study have small batches", global_batch_size, len(train),
         )  # fmt: skip
+
+
+def _check_graphs(config: TrainConfig, world: World, sizes_vary: bool) -> None:
+    o, reason = config.train, None
+    if world.device.type != "cuda":
+        reason = "they are a GPU's, and this run is on the CPU"
+    elif sizes_vary:
+        reason = "they are for one size of pictures, and every batch of a detector's has its own"
+    elif o.compile:
+        reason = "train.compile=true makes programs of its own: choose one of them"
+    elif synchronised(o.sync_batchnorm, world) and world.size > 1:
+        reason = "with train.sync_batchnorm ranks talk within the forward; train.sync_batchnorm=false goes with them"
+    elif world.size > 1 and isinstance(getattr(config.data, "train_size", None), dict):
+        reason = "on several GPUs data.train_size has to be one size: what is captured comes before what they exchange"
+    if reason is not None:
+        raise UserError(f"train.cuda_graphs=true: {reason}")
 
 
 def _check_deterministic(config: TrainConfig, world: World) -> None:

@@ -15,6 +15,7 @@ from involution.engine.checkpoint import load_weights
 from involution.engine.distributed import World, broadcast_buffers
 from involution.engine.errors import UserError
 from involution.engine.evaluate import autocast
+from involution.engine.graphs import Captured
 from involution.engine.guard import Guard
 from involution.engine.optim import Schedule, Update, exponential_average
 from involution.engine.options import TrainOptions
@@ -35,8 +36,9 @@ class Learner:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=options.precision == "fp16")
         self.ema = exponential_average(model, options.ema_decay) if options.ema_decay else None
-        self.ddp = self._distribute(model) if world.size > 1 else None
-        self.forward: Any = self.ddp or model
+        self.captured = Captured(model) if options.cuda_graphs else None
+        self.ddp = self._distribute(model) if world.size > 1 and self.captured is None else None
+        self.forward: Any = self.ddp or self.captured or model
         if options.compile:
             self.forward = torch.compile(self.forward)
         self.guard = Guard(model, options.max_bad_steps, world)
@@ -52,6 +54,12 @@ class Learner:
             # restarted process would therefore add up its first gradients in another order
             find_unused_parameters=torch.are_deterministic_algorithms_enabled(),
         )
+
+    def _capture_and_distribute(self, captured: Captured, batch: Any) -> DistributedDataParallel:
+        """In this order: DDP's hooks hold on to streams that a capture may not use."""
+        with autocast(self.world.device, self.options.precision), self._enough_for_batchnorm():
+            captured.capture(batch.images)
+        return self._distribute(captured)
 
     def step(self, step: int, batches: Iterable[Batch], count: int, samples: float) -> tuple[Tensor, Tensor]:
         """One optimizer step on the mean loss over the global batch, however many ranks and micro-batches share it.
@@ -69,12 +77,17 @@ class Learner:
             group["lr"] = self.schedule(step) * group.get("lr_scale", 1.0)
         totals = torch.zeros(1 + len(self.task.parts), device=self.world.device)
         for i, batch in enumerate(batches, 1):
+            if self.captured is not None and self.world.size > 1 and self.ddp is None:
+                self.forward = self.ddp = self._capture_and_distribute(self.captured, batch)
             with nullcontext() if i == count or self.ddp is None else self.ddp.no_sync():
                 with autocast(self.world.device, self.options.precision), self._enough_for_batchnorm():
                     loss, parts = self._loss(batch)
                 # ranks average gradients of what is here a sum, hence / samples; the seed is 1, but NaN where the loss
                 # is not finite, so that every rank finds the step bad from the gradients alone
                 self.scaler.scale(loss / samples).backward(1 + 0 * loss.detach())
+            if self.captured is not None and i == 1 < count:  # the next replay writes its gradients where these lie
+                for parameter in self.parameters:
+                    parameter.grad = None if parameter.grad is None else parameter.grad.clone()
             totals += parts
         bad = self._update()
         self.guard.record(bad, totals[0] / samples)

@@ -22,6 +22,7 @@ class TrainOptions:
     precision: str = MISSING
     tf32: bool = MISSING
     compile: bool = MISSING
+    cuda_graphs: bool = MISSING
     channels_last: bool = MISSING
     sync_batchnorm: Any = MISSING  # a bool or "auto"
     batchnorm_size: int | None = MISSING

@@ -28,9 +28,9 @@ DEFINING = (
 # the number of ranks
 SAME_RESULT = (
     *PLACE, "deterministic", "data.decoder", "data.exclude", "data.max_pixels", "data.on_error", "train.batch_size",
-    "train.checkpoint_every_minutes", "train.checkpoint_every_steps", "train.compile", "train.evaluate_every_epochs",
-    "train.evaluate_every_steps", "train.keep_checkpoints", "train.log_every_steps", "train.max_bad_steps",
-    "train.timeout_minutes",
+    "train.checkpoint_every_minutes", "train.checkpoint_every_steps", "train.compile", "train.cuda_graphs",
+    "train.evaluate_every_epochs", "train.evaluate_every_steps", "train.keep_checkpoints", "train.log_every_steps",
+    "train.max_bad_steps", "train.timeout_minutes",
 )  # fmt: skip
 LENGTH = ("train.epochs", "train.max_steps", "train.steps")
 # what keys mean that earlier configurations lack

@@ -74,7 +74,7 @@ def _span_backward(
         grads = backend.span_backward(*args)
     else:
         grads = composed.span_backward(backend, *args)
-    grad_weight = grads[2].reshape(weight.shape).contiguous()
+    grad_weight = _restride(grads[2].reshape(weight.shape).contiguous(), weight)
     grad_bias = nothing(weight) if bias is None else grads[3]
     return placed(grads[0], input), placed(grads[1], reduced), grad_weight, grad_bias
 
@@ -93,7 +93,13 @@ def _span_backward_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_input, grad_reduced = empty_output(input, *input.shape[1:]), empty_output(reduced, *reduced.shape[1:])
     grad_bias = nothing(weight) if bias is None else torch.empty_like(bias)
-    return grad_input, grad_reduced, weight.new_empty(weight.shape), grad_bias
+    return grad_input, grad_reduced, _restride(weight.new_empty(weight.shape), weight), grad_bias
+
+
+def _restride(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient with the weight's own strides, as DDP wants it; those of sides of 1 are names alone."""
+    same = weight.is_contiguous(memory_format=torch.channels_last)
+    return grad.as_strided(weight.shape, weight.stride()) if same else grad
 
 
 def _span_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def exporting() -> bool:
-    """Whether the program that runs is being written down for elsewhere, where our operators do not exist."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    """Whether the program that runs is being written down for elsewhere, where our operators do not exist.
+
+    The flag itself: to torch 2.11's compiler, `torch.compiler.is_exporting()` is true in everything that it compiles.
+    """
+    return torch.compiler._is_exporting_flag or torch.onnx.is_in_onnx_export()
 
 
 def involution2d(input: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:

@@ -2,9 +2,9 @@
 measurement.
 
 A tuner would choose by what the first batch happens to be, on every rank anew; tiles whose sums run
-in another order would then give other bits. The rule takes the first candidate whose registers suffice. At every shape
-of RedNet-50 that is the one with the lowest floor of time in the compiled sm_90 code, within 4 % (commit 22c6283 and
-later; `python scripts/check_kernels.py` prints registers, spills and shared memory of what it chooses).
+in another order would then give other bits. The rule takes the first candidate whose registers suffice, in an order
+that was measured on an H100 (RedNet-50, batch 128, bf16: docs/benchmarks/gpu.md). `scripts/check_kernels.py`
+prints registers, spills and shared memory of what it chooses.
 """
 
 from typing import Any, NamedTuple
@@ -20,18 +20,21 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-TILES = (Tile(16, 4), Tile(8, 4), Tile(32, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1), Tile(2, 1))
+SMALLER = (Tile(16, 2, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1), Tile(2, 1))
+FORWARD = (Tile(8, 4, 2), Tile(16, 4), Tile(8, 4), *SMALLER)
+BACKWARD = (Tile(8, 8), Tile(8, 4, 2), Tile(16, 4), Tile(8, 4), *SMALLER)
+TILES = tuple(dict.fromkeys(BACKWARD + FORWARD))
 
 
-def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int) -> bool:
-    """Whether a thread can hold its share: at most 8 channels of a run, and `hidden` values of the reduced tile.
+def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int, share: int = 8) -> bool:
+    """Whether a thread can hold its share: so many channels of a run, and `hidden` values of the reduced tile.
 
     Args:
         a: the launch's arguments; G groups, BC channels at once, RP reduced channels (padded).
         hidden: measured in compiled code, a bound a kernel.
     """
     channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-    return 2 * a["G"] > tile.GB and channels <= 8 and tile.J * a.get("RP", 16) <= hidden * tile.warps
+    return 2 * a["G"] > tile.GB and channels <= share and tile.J * a.get("RP", 16) <= hidden * tile.warps
 
 
 def registers(a: dict[str, Any]) -> int | None:
@@ -47,13 +50,15 @@ def forward_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     """`exact`: products of float32 without tensor cores, which hold their operands in registers. More than 8 taps of a
     row take those of 16."""
     hidden = 128 if exact else 512 if a["KP"] == 8 else 256
-    return next((t for t in TILES if registers_suffice(t, a, hidden)), TILES[-1])
+    return next((t for t in FORWARD if registers_suffice(t, a, hidden)), FORWARD[-1])
 
 
 def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
-    """Two tiles of taps are alive where a run touches more than 8 output columns."""
+    """Two tiles of taps are alive where a run touches more than 8 output columns. Made of more than 32 hidden channels
+    they leave registers for half a share."""
     hidden = 128 if exact else 256 if a["KP"] == 8 else 64
-    return next((t for t in TILES if registers_suffice(t, a, hidden)), TILES[-1])
+    share = 8 if a.get("RP", 16) <= 32 else 4
+    return next((t for t in BACKWARD if registers_suffice(t, a, hidden, share)), BACKWARD[-1])
 
 
 def make_taps(hidden: int, dtype: torch.dtype) -> bool:
@@ -68,15 +73,15 @@ def make_taps(hidden: int, dtype: torch.dtype) -> bool:
 def make_taps_again(hidden: int, dtype: torch.dtype) -> bool:
     """The same for the gradient of the input.
 
-    Every row of input makes 13/7 of the forward's taps again. By the compiled kernels' floors and the bytes of the
-    kernels (H100, RedNet-50) that is faster up to 32 hidden channels (stage 2: 90 us against 113), not from 64 on
-    (stage 3: 74 against 57, stage 4: 55 against 31).
+    Every row of input makes 13/7 of the forward's taps again. On an H100 (RedNet-50, batch 128, bf16) that is faster
+    than a convolution and reading what it wrote up to 64 hidden channels: 213 us against 593 in stage 1, 93 against 145
+    in stage 3; in stage 4 it is as fast, where it fits into registers. float32 is not measured.
     """
-    return make_taps(hidden, dtype) and hidden < 64
+    return make_taps(hidden, dtype) and hidden <= (32 if dtype.itemsize > 2 else 64)
 
 
 def grad_kernel_tile(a: dict[str, Any]) -> Tile:
-    return next((t for t in TILES if registers_suffice(t, a, 512)), TILES[-1])
+    return next((t for t in BACKWARD if registers_suffice(t, a, 512)), BACKWARD[-1])
 
 
 def power(value: int) -> int:

@@ -141,9 +141,9 @@ def options(batch_size: int) -> TrainOptions:
     """The defaults of conf/train.yaml; checkpoints come once, after the last step."""
     return TrainOptions(
         epochs=1, steps=None, global_batch_size=batch_size, batch_size=batch_size, label_smoothing=SMOOTHING,
-        precision="fp32", compile=False, channels_last=True, sync_batchnorm=False, batchnorm_size=None,
-        clip_grad_norm=None, ema_decay=None, exclude_from_decay="none", resume="never", max_steps=None,
-        max_bad_steps=10, log_every_steps=50, evaluate_every_epochs=1, evaluate_every_steps=None,
+        precision="fp32", compile=False, cuda_graphs=False, channels_last=True, sync_batchnorm=False,
+        batchnorm_size=None, clip_grad_norm=None, ema_decay=None, exclude_from_decay="none", resume="never",
+        max_steps=None, max_bad_steps=10, log_every_steps=50, evaluate_every_epochs=1, evaluate_every_steps=None,
         checkpoint_every_steps=None, checkpoint_every_minutes=None, keep_checkpoints=1,
     )  # fmt: skip
 

@@ -70,7 +70,7 @@ class Training:
         model = make_model(name, args.device)
         if args.batchnorm_size:
             use_ghost_batches(model, args.batchnorm_size)
-        settings = dataclasses.replace(options(batch), precision=args.precision)
+        settings = dataclasses.replace(options(batch), precision=args.precision, cuda_graphs=args.cuda_graphs)
         world = World(0, 1, device)
         task = Classification(CrossEntropy(0.1))
         self.learner = Learner(model, task, make_optimizer(model), lambda step: 1e-3, settings, world)
@@ -111,7 +111,8 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
             "model": name, "batch": batch, "step (ms)": 1e3 * whole, "host (ms)": 1e3 * host,
             "images/s": batch / whole, "peak (GiB)": peak, "first step (s)": first,
         })  # fmt: skip
-    return {"precision": args.precision, "batchnorm_size": args.batchnorm_size, "rows": rows}
+    told = {name: getattr(args, name) for name in ("precision", "batchnorm_size", "cuda_graphs")}
+    return told | {"rows": rows}
 
 
 def synchronisations(args: argparse.Namespace) -> dict[str, Any]:
@@ -209,6 +210,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 256])
     parser.add_argument("--batchnorm-size", type=int, help="images that BatchNorm sees at a time; default: all")
+    parser.add_argument("--cuda-graphs", action="store_true", help="train.cuda_graphs=true")
     parser.add_argument("--size", type=int, default=224, help="side of the images")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="bf16")
     parser.add_argument("--repeats", type=int, default=24, help="steps, or batches")

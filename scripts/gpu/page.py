@@ -19,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.report import Report, Row
 from run_folders import Run, find_runs
 
+#: those that are tables of training steps
+STEPS = ("step", "step-graphs", "step-ghost")
 #: the steps that scripts/benchmark.py measures
 BENCHMARKS = ("training", "training-32", "training-fp32", "training-compiled", "op", "loop", "op-attention", "data")
 IMAGES = 130 * 1_281_167  # of the paper's recipe on ImageNet
@@ -49,9 +51,9 @@ def fill(report: Report, folder: Path) -> None:
     if found := _load(folder / "same-bits.json"):
         same = "ends with" if found["same"] else "DOES NOT END WITH"
         report.verdict(f"A run that was stopped and resumed {same} the bits of one that was not (deterministic=true).")
-    for found in filter(None, (_load(folder / f"{name}.json") for name in ("step", "step-ghost"))):
+    for found in filter(None, (_load(folder / f"{name}.json") for name in STEPS)):
         note = "host: the time until the last launch; where it is the whole step, the host is what limits."
-        report.table(step_title(found["precision"], found["batchnorm_size"]), found["rows"], note)
+        report.table(step_title(found["precision"], found["batchnorm_size"], found["cuda_graphs"]), found["rows"], note)
         _speeds(report, found["rows"])
     if trained := runs(folder):
         note = "Top-1 of n photos after the last epoch; medians of the epochs; minutes in all, without evaluations."
@@ -66,6 +68,13 @@ def fill(report: Report, folder: Path) -> None:
         title = f"Kernels of a step of {found['model']}, batch {found['batch']}: {found['all (ms)']:.1f} ms in all"
         rows = [row | {"kernel": f"`{row['kernel']}`"} for row in found["rows"]]  # or <float> would be a tag of HTML
         report.table(title, rows, "The twenty that take longest; calls and microseconds of a step.")
+    if found := _load(folder / "tiles.json"):
+        title = f"Involution kernels of RedNet-50, {found['precision']}, batch {found['batch']}"
+        note = (
+            "tile: runs x groups x warps, as involution/ops/triton_tiles.py chooses; best: of all that give a "
+            "thread four or eight channels; medians in microseconds, the caches emptied."
+        )
+        report.table(title, found["rows"], note)
     if found := _load(folder / "loader.json"):
         rates = ", ".join(f"{rate:.0f} images/s with data.decoder={name}" for name, rate in found["images/s"].items())
         stay = "do not change" if found["pictures stay while they are read"] else "CHANGE (a race)"
@@ -74,10 +83,10 @@ def fill(report: Report, folder: Path) -> None:
     report.table("Steps", steps(folder), note)
 
 
-def step_title(precision: str, batchnorm_size: int | None = None) -> str:
+def step_title(precision: str, batchnorm_size: int | None = None, cuda_graphs: bool = False) -> str:
     """Of a table of training steps; cluster_table.py finds it by this."""
     ghost = f", train.batchnorm_size={batchnorm_size}" if batchnorm_size else ""
-    return f"Training step, {precision}{ghost}"
+    return f"Training step, {precision}{ghost}{', train.cuda_graphs=true' if cuda_graphs else ''}"
 
 
 def _speeds(report: Report, rows: list[Row]) -> None:

@@ -1,0 +1,86 @@
+"""A model whose forward and backward are two CUDA graphs (train.cuda_graphs): two launches instead of a thousand.
+
+A GPU of today is through with 32 images before Python has launched the next kernels. A graph holds the launches of a
+forward, another those of its backward; values, gradients and the course of training are those without (the same kernels
+in the same order). Memory of the captured step stays allocated.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from involution.engine.errors import UserError
+
+
+class Captured(nn.Module):
+    """A model whose training is replayed; in evaluation it runs as it is.
+
+    Args:
+        model: its parameters and buffers stay where they are from the first call on.
+
+    Raises:
+        UserError: something in the model cannot be captured: it waits for the GPU, say.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._graphs: dict[Any, Any] = {}
+
+    def forward(self, images: Tensor) -> Any:
+        """images (B, C, H, W): the model's outputs, which the next call overwrites. A capture for every new shape."""
+        if not (self.model.training and torch.is_grad_enabled()):
+            return self.model(images)
+        if (kind := _kind(images)) not in self._graphs:
+            self.capture(images)
+        return self._graphs[kind](images)
+
+    def capture(self, images: Tensor) -> None:
+        """Write down what training on images of this shape launches; the model stays as it is."""
+        # the nodes that collect gradients were made on the stream of the capture: the engine waits for it, as it has to
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        device, dtype = images.device.type, torch.get_autocast_dtype(images.device.type)
+        autocast = torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
+        try:
+            with autocast, _as_before(self.model, images.device):
+                called, like = _Call(self.model), (images.clone(),)
+                self._graphs[_kind(images)] = torch.cuda.make_graphed_callables(called, like, allow_unused_input=True)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error.__context__ or error).strip().splitlines()[0]  # what ended the capture, not that it has
+            raise UserError(
+                f"train.cuda_graphs=true: this model cannot be captured ({reason}); set it to false"
+            ) from error
+
+
+def _kind(images: Tensor) -> Any:
+    return images.shape, images.stride(), images.dtype
+
+
+class _Call(nn.Module):
+    """Calls a model: `make_graphed_callables` replaces the `forward` of what it is given."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images)
+
+
+@contextmanager
+def _as_before(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Take back what the runs before a capture do to buffers (BatchNorm's statistics) and to random numbers."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    state = torch.cuda.get_rng_state(device)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        torch.cuda.set_rng_state(state, device)

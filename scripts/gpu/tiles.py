@@ -1,0 +1,109 @@
+"""Every involution kernel of RedNet-50 on one GPU in the tile that the rule chooses (involution/ops/triton_tiles.py),
+beside others.
+
+python scripts/gpu/tiles.py --compile 2 6               launch a sixth of them once: six at a time fill Triton's cache
+python scripts/gpu/tiles.py --out gpu-out/tiles.json    time them all
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import triton
+from kernels.launches import Layer, launches, layers_of, networks
+
+from involution.ops.triton_plans import Launch, in_tile
+from involution.ops.triton_tiles import TILES, Tile
+
+
+class Case(NamedTuple):
+    kernel: str
+    layer: Layer
+    tile: Tile
+    chosen: bool
+    launch: Launch
+
+
+def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
+    """Fused and plain kernels in the chosen tile, first, and in those that give a thread four or eight channels."""
+    ((_, model),) = networks(["rednet50"])
+    for layer in layers_of(model):
+        found = {
+            name: launch for fused in (True, False) for name, launch in launches(layer, dtype, batch, fused).items()
+        }
+        for name, launch in found.items():
+            a = launch.arguments
+            own = Tile(a["J"], a["GB"], launch.warps)
+            yield Case(name, layer, own, True, launch)
+            for tile in TILES:
+                share = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
+                if tile != own and 2 * a["G"] > tile.GB and share in (4, 8):
+                    yield Case(name, layer, tile, False, in_tile(launch, tile))
+
+
+def on_gpu(launch: Launch) -> Launch:
+    """The launch with random numbers in place of tensors without memory."""
+    made: dict[int, torch.Tensor] = {}
+
+    def real(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if id(value) not in made:
+            made[id(value)] = torch.empty_strided(
+                value.shape, value.stride(), dtype=value.dtype, device="cuda"
+            ).normal_()
+        return made[id(value)]
+
+    return launch._replace(arguments={name: real(value) for name, value in launch.arguments.items()})
+
+
+def microseconds(launch: Launch) -> float | None:
+    """Median; None where the kernel does not fit the GPU."""
+
+    def run() -> None:
+        launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
+
+    try:
+        return 1e3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+    except triton.runtime.errors.OutOfResources:
+        return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="write the result to this file as well")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument(
+        "--compile", type=int, nargs=2, metavar=("PART", "OF"), help="no times: every OF-th, from PART on"
+    )
+    args = parser.parse_args(arguments)
+    every = list(cases(args.batch, torch.bfloat16))
+    if args.compile:
+        for case in every[args.compile[0] :: args.compile[1]]:
+            microseconds(on_gpu(case.launch))
+        return 0
+    rows: list[dict[str, Any]] = []
+    for case in every:
+        us, tile = microseconds(on_gpu(case.launch)), "x".join(map(str, case.tile))
+        if case.chosen:
+            rows.append(
+                {"kernel": case.kernel, "layer": str(case.layer), "tile": tile, "us": us, "best": tile, "least": us}
+            )
+        elif us is not None and (rows[-1]["least"] is None or us < rows[-1]["least"]):
+            rows[-1] |= {"best": tile, "least": us}
+    text = json.dumps({"batch": args.batch, "precision": "bf16", "rows": rows}, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
