@@ -3,7 +3,7 @@
     python scripts/cluster_table.py
 
 S is counted. r is what docs/benchmarks/gpu.json, which scripts/gpu_session.sh makes, has measured of RedNet-50 at each
-micro-batch; where there is no such measurement, ASSUMED.
+micro-batch, with train.cuda_graphs=true if that was measured; where there is no such measurement, ASSUMED.
 """
 
 import argparse
@@ -40,31 +40,27 @@ NCCL's trees keep it near 0.1 ms (a), a plain ring of 1024 would not.
 130 epochs, h | read in all, GB/s |
 |---|---|---|---|---|---|---|---|---|---|
 {rows}
-
+{left_out}
 The work is {images:.1f} M images: at r = {rate:.0f} 8 GPUs need {hours:.1f} h; at r = {half:.0f}, {twice:.1f} h.
 """
 
 
-def speed(gpu: Path) -> tuple[dict[int, float], str]:
-    """r in images/s by micro-batch, and the end of its row: where it comes from | m or a.
-
-    Raises:
-        ValueError: a micro-batch of the table is missing in `gpu`, the JSON of gpu/page.py.
-    """
+def speed(gpu: Path) -> tuple[dict[int, float], bool, str]:
+    """r in images/s by micro-batch as far as `gpu`, the JSON of gpu/page.py, has it, whether with CUDA graphs, and the
+    end of its row: where it comes from | m or a."""
     batches = sorted({images for _, images, _, _ in SETUPS}, reverse=True)
     report = json.loads(gpu.read_text()) if gpu.exists() else {"tables": []}
     tables = {table["title"]: table["rows"] for table in report["tables"] if "rows" in table}
-    if (steps := tables.get(page.step_title("bf16"))) is None:
-        return dict.fromkeys(batches, ASSUMED), WHY
-    rates = {row["batch"]: row["images/s"] for row in steps if row["model"] == "rednet50"}
-    if missing := [batch for batch in batches if batch not in rates]:
-        raise ValueError(
-            f"{gpu} has no training step of rednet50 at batch {missing}: scripts/gpu_session.sh measures it"
-        )
-    commit = next(row["commit"] for row in tables["Steps"] if row["step"] == "step")
-    found = ", ".join(f"{rates[batch]:,.0f} at b = {batch}" for batch in batches)
+    graphs = page.step_title("bf16", cuda_graphs=True) in tables
+    if (steps := tables.get(page.step_title("bf16", cuda_graphs=graphs))) is None:
+        return dict.fromkeys(batches, ASSUMED), False, WHY
+    rates = {row["batch"]: row["images/s"] for row in steps if row["model"] == "rednet50" and row["batch"] in batches}
+    name = "step-graphs" if graphs else "step"
+    commit = next(row["commit"] for row in tables["Steps"] if row["step"] == name)
+    found = ", ".join(f"{rates[batch]:,.0f} at b = {batch}" for batch in batches if batch in rates)
+    how = "bf16, `train.cuda_graphs=true`" if graphs else "bf16"
     origin = f"{report['conditions']['GPU']}, commit {commit}, [gpu.md](benchmarks/gpu.md)"
-    return rates, f"{found} images/s a GPU in bf16 ({origin}) | m"
+    return rates, graphs, f"{found} images/s a GPU in {how} ({origin}) | m"
 
 
 def all_reduce(gpus: int, size: float, link: float) -> float:
@@ -72,11 +68,14 @@ def all_reduce(gpus: int, size: float, link: float) -> float:
     return 1e3 * 2 * (gpus - 1) / gpus * size / (0.8e9 * link)
 
 
-def prediction(gpus: int, images: int, times: int, link: float, size: float, rate: float) -> str:
-    """A row of the table, for `size` bytes of gradients and `rate` images/s a GPU."""
+def prediction(gpus: int, images: int, times: int, link: float, size: float, rate: float, graphs: bool) -> str:
+    """A row of the table, for `size` bytes of gradients and `rate` images/s a GPU.
+
+    A captured backward hands all gradients over at its end: nothing of the all-reduce is beside it.
+    """
     batch = gpus * images * times
     compute, c = 1e3 * times * images / rate, all_reduce(gpus, size, link)
-    shown = max(0.2 * c, c - 2 / 3 * 1e3 * images / rate)
+    shown = c if graphs else max(0.2 * c, c - 2 / 3 * 1e3 * images / rate)
     total = 1e3 * batch / (compute + shown)
     cells = (
         f"{gpus}", f"{batch:,} = {gpus} x {images} x {times}", f"{link:g}", f"{compute:.3g}", f"{c:.1f}",
@@ -90,13 +89,15 @@ def block(gpu: Path) -> str:
     """What stands between the markers."""
     parameters = measure("rednet50").params
     size = 4 * parameters
-    rates, origin = speed(gpu)
+    rates, graphs, origin = speed(gpu)
+    missing = sorted({f"b = {images}" for _, images, _, _ in SETUPS if images not in rates}, reverse=True)
     hours = page.IMAGES / (8 * rates[32]) / 3600
     return TEXT.format(
         parameters=parameters, rednet=size / 1e6, resnet=4 * measure("resnet50").params / 1e6, origin=origin,
         at_64=", ".join(f"{all_reduce(64, size, link):.1f}" for link in (12.5, 25, 50)),
         nvlink=f"{all_reduce(8, size, 450):.1f}", pcie=f"{all_reduce(8, size, 32):.1f}",
-        rows="\n".join(prediction(*setup, size, rates[setup[1]]) for setup in SETUPS), images=page.IMAGES / 1e6,
+        rows="\n".join(prediction(*s, size, rates[s[1]], graphs) for s in SETUPS if s[1] in rates),
+        left_out=f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "", images=page.IMAGES / 1e6,
         rate=rates[32], half=rates[32] / 2, hours=hours, twice=2 * hours,
     )  # fmt: skip
 

@@ -100,10 +100,13 @@ def test_they_take_the_speed_that_was_measured(cluster_table: ModuleType, sessio
         (cells,) = (line.split(" | ") for line in lines if f" = {setup} |" in line)
         assert float(cells[3]) == pytest.approx(1000 * images / speed[batch], rel=0.01)
     content = json.loads(report.read_text())
-    content["tables"] = [table | {"rows": table["rows"][1:]} for table in content["tables"] if "rows" in table]
+    for table in content["tables"]:
+        if table.get("title", "").startswith("Training step"):
+            del table["rows"][0]
     (session / "less.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"no training step of rednet50 at batch \[8\]"):
-        cluster_table.block(session / "less.json")
+    less = cluster_table.block(session / "less.json")
+    assert "Not measured yet: b = 8." in less
+    assert "= 256 x 8 x 1 |" not in less
 
 
 def test_the_results_of_two_gpus_do_not_mix(

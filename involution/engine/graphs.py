@@ -42,6 +42,8 @@ class Captured(nn.Module):
         """Write down what training on images of this shape launches; the model stays as it is."""
         # the nodes that collect gradients were made on the stream of the capture: the engine waits for it, as it has to
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        # autograd's thread has a CUDA context from its first kernel on, which is not to be one of cuBLAS (a warning)
+        torch.ones((), device=images.device, requires_grad=True).square().backward()
         device, dtype = images.device.type, torch.get_autocast_dtype(images.device.type)
         autocast = torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
         try:

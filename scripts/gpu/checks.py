@@ -91,6 +91,9 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for batch, name in itertools.product(args.batch, args.models):
         begin = time.perf_counter()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         training = Training(args, name, batch)
         training.step()
         timing.synchronize(args.device)
@@ -98,8 +101,6 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.repeats // 4):
             training.step()
         timing.synchronize(args.device)
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         begin = time.perf_counter()
         for _ in range(args.repeats):
             training.step()
