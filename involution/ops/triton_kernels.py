@@ -18,18 +18,16 @@ instructions, but by a count of bytes, not a measurement, 2.5 times the shared m
 Plain, taps come from memory.  Fused, taps = reduced[8 J pixels, R] @ weight[R, GB x KP taps of row u] + bias in
 float32: made by the tensor cores, dealt out to the threads that need them, never written to memory.
 
-UNMEASURED: PREDICTED, forward, one layer of RedNet-50, batch 128, bf16, channels_last, H200 (4.0 TB/s; 132 x 4
-instructions a clock of 1.755 GHz).  MB and the microseconds that they take; "issue" = microseconds to issue the
-instructions counted in the compiled sm_90 code, a floor too; the floor of the multiply-adds alone is in brackets.
+Forward, one layer of RedNet-50, batch 128, bf16, channels_last, microseconds on an H100 (docs/benchmarks/gpu.md):
 
-    stage  C   H = W   unfused: span convolution   kernel here     issue   sum   | fused       issue         ratio
-      1    64    56        170 MB  43 us          260 MB  65 us    97 us   139   | 116 MB 29   90 us  (42)    1.55
-      2   128    28         85     21             130     33       48       70   |  58    14   46     (21)    1.52
-      3   256    14         43     11              65     16       24       35   |  29     7   24     (11)    1.43
-      4   512     7         21      5              33      8          12       17   |  14     4   13     ( 5)    1.32
+    stage  C   H = W   span convolution (cuDNN)   plain   fused   its bytes at 3.0 TB/s   its instructions, compiled
+      1    64    56            353                 202     184            39                       90
+      2   128    28            165                 108      83            19                       46
+      3   256    14             73                  63      54            10                       24
+      4   512     7             31                  37      39             5                       13
 
-So the bytes would allow 3.7 times, but the multiply-adds (106 ps a pixel of stage 1 against 72 ps for its bytes) and
-the work around them bind first: half of the instructions are not multiply-adds (widening bf16 is 13-18 % of all).
+So the multiply-adds and the work around them bind, not the bytes: half of the instructions are not multiply-adds
+(widening bf16 is 13-18 % of all), and they take twice the time that issuing them would.
 The backward stores the kernels' gradient for a moment: docs/operator.md has what that and making it on the chip take.
 """
 

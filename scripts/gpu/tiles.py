@@ -1,5 +1,5 @@
 """Every involution kernel of RedNet-50 on one GPU in the tile that the rule chooses (involution/ops/triton_tiles.py),
-beside others.
+beside others, and the span convolutions that the fused ones do without.
 
 python scripts/gpu/tiles.py --compile 2 6               launch a sixth of them once: six at a time fill Triton's cache
 python scripts/gpu/tiles.py --out gpu-out/tiles.json    time them all
@@ -8,7 +8,7 @@ python scripts/gpu/tiles.py --out gpu-out/tiles.json    time them all
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +64,31 @@ def on_gpu(launch: Launch) -> Launch:
     return launch._replace(arguments={name: real(value) for name, value in launch.arguments.items()})
 
 
+def median(run: Callable[[], object]) -> float:
+    """Microseconds."""
+    return 1e3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
 def microseconds(launch: Launch) -> float | None:
-    """Median; None where the kernel does not fit the GPU."""
+    """None where the kernel does not fit the GPU."""
 
     def run() -> None:
         launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
 
     try:
-        return 1e3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+        return median(run)
     except triton.runtime.errors.OutOfResources:
         return None
+
+
+def span_convolution(layer: Layer, batch: int, dtype: torch.dtype) -> float:
+    """Of cuDNN's, which would make the layer's kernels."""
+    (_, height, width), s, taps = layer.size, layer.stride, layer.groups * layer.kernel_size**2
+    assert layer.reduced is not None
+    hidden = torch.randn(batch, layer.reduced, -(-height // s), -(-width // s), dtype=dtype, device="cuda")
+    weight, bias = (torch.randn(*size, dtype=dtype, device="cuda") for size in ((taps, layer.reduced, 1, 1), (taps,)))
+    hidden = hidden.to(memory_format=torch.channels_last)
+    return median(lambda: torch.nn.functional.conv2d(hidden, weight, bias))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -98,6 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
             )
         elif us is not None and (rows[-1]["least"] is None or us < rows[-1]["least"]):
             rows[-1] |= {"best": tile, "least": us}
+    for layer in dict.fromkeys(case.layer for case in every):
+        us = span_convolution(layer, args.batch, torch.bfloat16)
+        rows.append({"kernel": "span convolution", "layer": str(layer), "tile": "cuDNN", "us": us})
     text = json.dumps({"batch": args.batch, "precision": "bf16", "rows": rows}, indent=1)
     print(text)
     if args.out:
