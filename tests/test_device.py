@@ -146,6 +146,32 @@ def test_what_a_gpu_cannot_repeat_is_refused_with_its_key(model: dict[str, Any],
 
 
 @pytest.mark.parametrize(
+    ("kind", "ranks", "changed", "sizes_vary", "message"),
+    [
+        ("cuda", 1, {"sync_batchnorm": "auto", "train_size": {1: 128, 5: 224}}, False, None),
+        ("cuda", 2, {}, False, None),
+        ("cpu", 1, {}, False, "this run is on the CPU"),
+        ("cuda", 1, {}, True, "one size of pictures"),
+        ("cuda", 1, {"compile": True}, False, "train.compile=true makes programs of its own"),
+        ("cuda", 2, {"sync_batchnorm": "auto"}, False, "train.sync_batchnorm=false goes with them"),
+        ("cuda", 2, {"train_size": {1: 128, 5: 224}}, False, "data.train_size has to be one size"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_be(
+    kind: str, ranks: int, changed: dict[str, Any], sizes_vary: bool, message: str | None
+) -> None:
+    values = {"cuda_graphs": True, "compile": False, "sync_batchnorm": False, "train_size": 224} | changed
+    data = SimpleNamespace(train_size=values.pop("train_size"))
+    config: Any = SimpleNamespace(train=SimpleNamespace(**values), data=data)
+    world = World(0, ranks, torch.device(kind))
+    if message is None:
+        build._check_graphs(config, world, sizes_vary)
+    else:
+        with pytest.raises(UserError, match=f"train.cuda_graphs=true: .*{message}"):
+            build._check_graphs(config, world, sizes_vary)
+
+
+@pytest.mark.parametrize(
     ("nodes", "first"),
     [("gpu[003-007,012],other", "gpu003"), ("a1", "a1"), ("node-3,node-4", "node-3"), ("x[1,3]y,z", "x1y")],
 )

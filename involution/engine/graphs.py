@@ -47,7 +47,7 @@ class Captured(nn.Module):
         device, dtype = images.device.type, torch.get_autocast_dtype(images.device.type)
         autocast = torch.autocast(device, dtype, torch.is_autocast_enabled(device), cache_enabled=False)
         try:
-            with autocast, _as_before(self.model, images.device):
+            with autocast, _as_before(self.model, images.device), _others_go_on():
                 called, like = _Call(self.model), (images.clone(),)
                 self._graphs[_kind(images)] = torch.cuda.make_graphed_callables(called, like, allow_unused_input=True)
         except torch.OutOfMemoryError:
@@ -72,6 +72,21 @@ class _Call(nn.Module):
 
     def forward(self, images: Tensor) -> Any:
         return self.model(images)
+
+
+class _Graph(torch.cuda.graph):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options | {"capture_error_mode": "thread_local"})
+
+
+@contextmanager
+def _others_go_on() -> Iterator[None]:
+    """Let other threads pin, copy and decode meanwhile; not all versions of `make_graphed_callables` can be told to."""
+    graph, torch.cuda.graph = torch.cuda.graph, _Graph  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        torch.cuda.graph = graph  # type: ignore[misc]
 
 
 @contextmanager
