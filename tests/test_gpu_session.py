@@ -109,6 +109,23 @@ def test_they_take_the_speed_that_was_measured(cluster_table: ModuleType, sessio
     assert "= 256 x 8 x 1 |" not in less
 
 
+def test_behind_a_captured_backward_nothing_of_the_all_reduce_hides(
+    cluster_table: ModuleType, session: Path, report: Path
+) -> None:
+    content = json.loads(report.read_text())
+    for table in content["tables"]:
+        if table.get("title") == page.step_title("bf16"):
+            table["title"] = page.step_title("bf16", cuda_graphs=True)
+    steps = next(table["rows"] for table in content["tables"] if table.get("title") == "Steps")
+    steps.append(steps[0] | {"step": "step-graphs", "commit": "fed4321"})
+    (session / "graphs.json").write_text(json.dumps(content))
+    lines = cluster_table.block(session / "graphs.json").splitlines()
+    assert any("`train.cuda_graphs=true` (" in line and "commit fed4321" in line for line in lines)
+    rows = [line.split(" | ") for line in lines if " x 32 x " in line]
+    assert all(cells[4] == cells[5] for cells in rows)
+    assert float(rows[0][4]) > 0
+
+
 def test_the_results_of_two_gpus_do_not_mix(
     session: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

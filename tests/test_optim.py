@@ -12,6 +12,7 @@ from torch import nn
 
 from data import Batch
 from involution import create_model
+from involution.engine import graphs
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
 from involution.engine.learner import Learner
@@ -281,3 +282,32 @@ def test_the_configuration_has_precedence_over_the_saved_optimizer_and_an_averag
     assert all(torch.equal(resumed.optimizer.state[p]["momentum_buffer"], k) for p, k in zip(resumed.parameters, kept))
     with pytest.raises(UserError, match=r"train\.ema_decay is set, but the checkpoint to resume has no average"):
         learner_with(ema_decay=0.99).load_state_dict(saved.state_dict())
+
+
+def test_gradients_that_a_replay_would_overwrite_are_kept():
+    """A CUDA graph's gradients lie where the next replay writes; two parameters may be given the same."""
+    one = learner_with()
+    weight, bias = one.parameters
+    static = torch.ones_like(weight), torch.ones_like(bias)
+    weight.grad, bias.grad = (gradient.detach() for gradient in static)
+    one._keep_gradients(1)
+    assert weight.grad.data_ptr() == static[0].data_ptr()  # alone and apart: used and gone before the next
+    one._keep_gradients(2)
+    assert weight.grad.data_ptr() != static[0].data_ptr()
+    same = nn.Parameter(torch.zeros_like(weight))
+    one.parameters, weight.grad, same.grad = [weight, same], static[0].detach(), static[0].detach()
+    one._keep_gradients(1)
+    assert weight.grad.data_ptr() != same.grad.data_ptr()
+
+
+def test_a_capture_leaves_other_threads_alone(monkeypatch):
+    whole = torch.cuda.graph
+    monkeypatch.setattr(whole, "__init__", lambda self, graph, **options: vars(self).update(options))  # wants a GPU
+
+    def interrupted():
+        with graphs._others_go_on():
+            assert torch.cuda.graph(None, pool=1, capture_error_mode="global").capture_error_mode == "thread_local"
+            raise KeyError
+
+    pytest.raises(KeyError, interrupted)
+    assert torch.cuda.graph is whole

@@ -85,15 +85,21 @@ class Learner:
                 # ranks average gradients of what is here a sum, hence / samples; the seed is 1, but NaN where the loss
                 # is not finite, so that every rank finds the step bad from the gradients alone
                 self.scaler.scale(loss / samples).backward(1 + 0 * loss.detach())
-            if self.captured is not None and i == 1 < count:  # the next replay writes its gradients where these lie
-                for parameter in self.parameters:
-                    parameter.grad = None if parameter.grad is None else parameter.grad.clone()
+            if self.captured is not None and i == 1:
+                self._keep_gradients(count)
             totals += parts
         bad = self._update()
         self.guard.record(bad, totals[0] / samples)
         if self.ema is not None:
             self.ema.update(self.model, step + 1)
         return totals, bad
+
+    def _keep_gradients(self, count: int) -> None:
+        """A replay's gradients lie where the next replay writes, and two parameters may have the same."""
+        having = [p for p in self.parameters if p.grad is not None]
+        if count > 1 or len({p.grad.data_ptr() for p in having}) < len(having):  # type: ignore[union-attr]
+            for parameter in having:
+                parameter.grad = parameter.grad.clone()  # type: ignore[union-attr]
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a micro-batch to differentiate, and it together with its parts (1 + P,) to add up."""

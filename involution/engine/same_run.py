@@ -36,7 +36,7 @@ LENGTH = ("train.epochs", "train.max_steps", "train.steps")
 # what keys mean that earlier configurations lack
 LATER = {
     "model.in_chans": 3, "model.drop_path_rate": 0.0, "model.drop_rate": 0.0, "model.global_pool": "avg",
-    "train.loss": "cross_entropy", **augmentation.OFF,
+    "train.cuda_graphs": False, "train.loss": "cross_entropy", **augmentation.OFF,
 }  # fmt: skip
 
 

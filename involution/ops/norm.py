@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from . import backends, cpu, differentiable
 from .ghost import parts_of
 
-#: values below which a GPU waits for the six launches instead of for memory (predicted: 30 us of host time each)
+#: values below which a GPU waits for the six launches instead of for memory; not where they are replayed
+#: (train.cuda_graphs), which still leaves small images to torch's operators, for the same bits
 LAUNCH_BOUND = 1 << 22
 
 

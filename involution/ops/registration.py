@@ -97,7 +97,7 @@ def _span_backward_fake(
 
 
 def _restride(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient with the weight's own strides, as DDP wants it; those of sides of 1 are names alone."""
+    """The gradient with the weight's own strides, as DDP wants it; strides of sides of 1 mean nothing."""
     same = weight.is_contiguous(memory_format=torch.channels_last)
     return grad.as_strided(weight.shape, weight.stride()) if same else grad
 

@@ -20,11 +20,13 @@ float32: made by the tensor cores, dealt out to the threads that need them, neve
 
 Forward, one layer of RedNet-50, batch 128, bf16, channels_last, microseconds on an H100 (docs/benchmarks/gpu.md):
 
-    stage  C   H = W   span convolution (cuDNN)   plain   fused   its bytes at 3.0 TB/s   its instructions, compiled
+    stage  C   H = W   span convolution (cuDNN)   plain   fused   its bytes at 3.0 TB/s   its instructions*
       1    64    56            353                 202     184            39                       90
       2   128    28            165                 108      83            19                       46
       3   256    14             73                  63      54            10                       24
       4   512     7             31                  37      39             5                       13
+
+    * to issue those of the compiled sm_90 code at 1.755 GHz, before the tiles were chosen by measurement
 
 So the multiply-adds and the work around them bind, not the bytes: half of the instructions are not multiply-adds
 (widening bf16 is 13-18 % of all), and they take twice the time that issuing them would.

@@ -13,7 +13,9 @@ from .triton_plans import Launch, ceil
 from .triton_tiles import power
 
 ROWS, CHANNELS = 32, 64  # a program's tile: 16 values a thread, loaded 8 at a time in 16 bits
-GRADIENT_ROWS = 16  # of the gradients' sums, of three tensors at once: 0.82 of the time with 32 (H100, gpu.md)
+GRADIENT_ROWS = (
+    16  # of the gradients' sums, of three tensors at once: 0.82 of the time with 32 (H100, RedNet-50, 6babf2d)
+)
 PROGRAMS, PARTS = 1056, 1024  # eight programs a multiprocessor of the largest GPUs; not more partial sums than one adds
 
 

@@ -53,7 +53,11 @@ def fill(report: Report, folder: Path) -> None:
         report.verdict(f"A run that was stopped and resumed {same} the bits of one that was not (deterministic=true).")
     for found in filter(None, (_load(folder / f"{name}.json") for name in STEPS)):
         note = "host: the time until the last launch; where it is the whole step, the host is what limits."
-        report.table(step_title(found["precision"], found["batchnorm_size"], found["cuda_graphs"]), found["rows"], note)
+        report.table(
+            step_title(found["precision"], found["batchnorm_size"], found.get("cuda_graphs", False)),
+            found["rows"],
+            note,
+        )
         _speeds(report, found["rows"])
     if trained := runs(folder):
         note = "Top-1 of n photos after the last epoch; medians of the epochs; minutes in all, without evaluations."

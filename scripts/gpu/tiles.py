@@ -64,8 +64,7 @@ def on_gpu(launch: Launch) -> Launch:
     return launch._replace(arguments={name: real(value) for name, value in launch.arguments.items()})
 
 
-def median(run: Callable[[], object]) -> float:
-    """Microseconds."""
+def median_us(run: Callable[[], object]) -> float:
     return 1e3 * triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
 
 
@@ -76,7 +75,7 @@ def microseconds(launch: Launch) -> float | None:
         launch.kernel[(launch.programs,)](**launch.arguments, **launch.options)
 
     try:
-        return median(run)
+        return median_us(run)
     except triton.runtime.errors.OutOfResources:
         return None
 
@@ -88,7 +87,7 @@ def span_convolution(layer: Layer, batch: int, dtype: torch.dtype) -> float:
     hidden = torch.randn(batch, layer.reduced, -(-height // s), -(-width // s), dtype=dtype, device="cuda")
     weight, bias = (torch.randn(*size, dtype=dtype, device="cuda") for size in ((taps, layer.reduced, 1, 1), (taps,)))
     hidden = hidden.to(memory_format=torch.channels_last)
-    return median(lambda: torch.nn.functional.conv2d(hidden, weight, bias))
+    return median_us(lambda: torch.nn.functional.conv2d(hidden, weight, bias))
 
 
 def main(arguments: list[str] | None = None) -> int:
