@@ -309,5 +309,6 @@ def test_a_capture_leaves_other_threads_alone(monkeypatch):
             assert torch.cuda.graph(None, pool=1, capture_error_mode="global").capture_error_mode == "thread_local"
             raise KeyError
 
-    pytest.raises(KeyError, interrupted)
+    with pytest.raises(KeyError):
+        interrupted()
     assert torch.cuda.graph is whole

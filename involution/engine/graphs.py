@@ -42,7 +42,7 @@ class Captured(nn.Module):
 
     def capture(self, images: Tensor) -> None:
         """Write down what training on images of this shape launches; the model stays as it is."""
-        # gradients are collected on the stream of the capture, for which autograd waits: from here on no warning of that
+        # gradients are collected on the stream of the capture, for which autograd waits: no more warnings of that
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # a kernel first, so that autograd's thread has a CUDA context before cuBLAS warns that there is none
         torch.ones((), device=images.device, requires_grad=True).square().backward()
