@@ -170,8 +170,8 @@ def test_fused(launched: list[Launched]) -> None:
 
 def test_fused_of_many_hidden_channels(launched: list[Launched]) -> None:
     """The input's gradient has its kernels from memory."""
-    x, reduced = (random(B, *shape, dtype=torch.bfloat16) for shape in ((C, H, W), (64, HO, WO)))
-    weight = random(G * K * K, 64, 1, 1, dtype=torch.bfloat16)
+    x, reduced = (random(B, *shape, dtype=torch.bfloat16) for shape in ((C, H, W), (128, HO, WO)))
+    weight = random(G * K * K, 128, 1, 1, dtype=torch.bfloat16)
     out = span_involution2d(x, reduced, weight, None, K, stride=STRIDE)
     grads = torch.autograd.grad(out, [x, reduced, weight], GRAD.to(torch.bfloat16)[..., ::2])
     assert [launch.name for launch in launched] == FUSED
@@ -232,8 +232,8 @@ def test_batch_norm_residual_and_relu(launched: list[Launched]) -> None:
     statistics = {"running_mean": layer.running_mean, "running_var": layer.running_var}
     check(finish, 3, sizes | {"P": 125, "PP": 128, "per": 32}, **weights, **statistics)  # 32 channels each
     check(apply, 2 * 125, sizes, **images)
-    check(grad_sums, 2 * 125, sizes | {"per": 32}, x=x, out=out, grad=grad, masked=grads[1])
-    check(grad_finish, 3, sizes | {"P": 125}, grad_weight=grads[2], grad_bias=grads[3])
+    check(grad_sums, 2 * 250, sizes | {"per": 16}, x=x, out=out, grad=grad, masked=grads[1])
+    check(grad_finish, 5, sizes | {"P": 250}, grad_weight=grads[2], grad_bias=grads[3])
     check(grad_apply, 2 * 125, sizes | {"MASK": False}, x=x, grad=grads[1], out=grads[0])
     coefficients = {launch.arguments["coefficients"] for launch in launched[1:]}
     assert len(coefficients) == 1
