@@ -58,7 +58,7 @@ check profile 90 --batch 128
 bits whole whole 20 && bits half resumed 10 && bits resumed resumed 20 &&   # stopped or not, the same weights
   check same-bits 30 --runs "$OUT/runs/whole" "$OUT/runs/resumed"
 check loader 150 --root "$FOLDER" --batch 64 256
-step tiles 200 python scripts/gpu/tiles.py --out "$OUT/tiles.json"
+check tiles 200 --batch 128
 bench op 240 op --dtype bf16 --batch 128 --all-shapes --skip-compile --only operator
 bench training-32 120 model --dtype bf16 --train-batch 32 --only training --repeats 9
 bench training-fp32 180 model --dtype fp32 --train-batch 128 --only training --repeats 5

@@ -20,21 +20,25 @@ class Tile(NamedTuple):
     warps: int = 4
 
 
-SMALLER = (Tile(16, 2, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1), Tile(2, 1))
-FORWARD = (Tile(8, 4, 2), Tile(16, 4), Tile(8, 4), *SMALLER)
-BACKWARD = (Tile(8, 8), Tile(8, 4, 2), Tile(16, 4), Tile(8, 4), *SMALLER)
-TILES = tuple(dict.fromkeys(BACKWARD + FORWARD))
+TILES = (
+    Tile(8, 8), Tile(8, 4, 2), Tile(16, 4), Tile(8, 4), Tile(16, 2, 2), Tile(16, 1), Tile(4, 4), Tile(4, 2), Tile(8, 1),
+    Tile(2, 1),
+)  # fmt: skip
 
 
-def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int, share: int = 8) -> bool:
+def share(tile: Tile, a: dict[str, Any]) -> float:
+    """Channels of a run that a thread has; ``a`` as for ``registers_suffice``."""
+    return tile.J * tile.GB * a["BC"] / (32 * tile.warps)
+
+
+def registers_suffice(tile: Tile, a: dict[str, Any], hidden: int, channels: int = 8) -> bool:
     """Whether a thread can hold its share: so many channels of a run, and `hidden` values of the reduced tile.
 
     Args:
         a: the launch's arguments; G groups, BC channels at once, RP reduced channels (padded).
         hidden: measured in compiled code, a bound a kernel.
     """
-    channels = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-    return 2 * a["G"] > tile.GB and channels <= share and tile.J * a.get("RP", 16) <= hidden * tile.warps
+    return 2 * a["G"] > tile.GB and share(tile, a) <= channels and tile.J * a.get("RP", 16) <= hidden * tile.warps
 
 
 def registers(a: dict[str, Any]) -> int | None:
@@ -46,19 +50,22 @@ def registers(a: dict[str, Any]) -> int | None:
     return None if (a["K"], a["GC"]) == (7, 16) else 255
 
 
+def _first(candidates: tuple[Tile, ...], a: dict[str, Any], hidden: int, channels: int = 8) -> Tile:
+    return next((tile for tile in candidates if registers_suffice(tile, a, hidden, channels)), candidates[-1])
+
+
 def forward_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     """`exact`: products of float32 without tensor cores, which hold their operands in registers. More than 8 taps of a
-    row take those of 16."""
+    row take those of 16. The first tile is one for gradients."""
     hidden = 128 if exact else 512 if a["KP"] == 8 else 256
-    return next((t for t in FORWARD if registers_suffice(t, a, hidden)), FORWARD[-1])
+    return _first(TILES[1:], a, hidden)
 
 
 def grad_input_tile(a: dict[str, Any], exact: bool = False) -> Tile:
     """Two tiles of taps are alive where a run touches more than 8 output columns. Made of more than 32 hidden channels
     they leave registers for half a share."""
     hidden = 128 if exact else 256 if a["KP"] == 8 else 64
-    share = 8 if a.get("RP", 16) <= 32 else 4
-    return next((t for t in BACKWARD if registers_suffice(t, a, hidden, share)), BACKWARD[-1])
+    return _first(TILES, a, hidden, channels=8 if a.get("RP", 16) <= 32 else 4)
 
 
 def make_taps(hidden: int, dtype: torch.dtype) -> bool:
@@ -81,7 +88,7 @@ def make_taps_again(hidden: int, dtype: torch.dtype) -> bool:
 
 
 def grad_kernel_tile(a: dict[str, Any]) -> Tile:
-    return next((t for t in BACKWARD if registers_suffice(t, a, 512)), BACKWARD[-1])
+    return _first(TILES, a, 512)
 
 
 def power(value: int) -> int:

@@ -4,6 +4,7 @@ python scripts/gpu/checks.py machine                    the GPU and the software
 python scripts/gpu/checks.py step                       a training step: time, time of the host alone, images/s, memory
 python scripts/gpu/checks.py synchronisations           lines of a training step that make the host wait for the GPU
 python scripts/gpu/checks.py profile                    the kernels of a step by their time
+python scripts/gpu/checks.py tiles --batch 128          the involution's kernels in their tiles and in others
 python scripts/gpu/checks.py loader --root FOLDER       DALI: images/s, and whether pictures change while they are read
 python scripts/gpu/checks.py same-bits --runs A B       whether two runs ended with the same weights
 """
@@ -150,6 +151,14 @@ def profile(args: argparse.Namespace) -> dict[str, Any]:
     return {"model": args.models[-1], "batch": args.batch[0], "all (ms)": sum(map(us, events)) / 1e3, "rows": rows}
 
 
+def tiles(args: argparse.Namespace) -> dict[str, Any]:
+    if args.device != "cuda":
+        raise UserError("only a GPU runs the kernels")
+    from gpu.tiles import measure  # with Triton, which the other checks do without
+
+    return measure(args.batch[0])
+
+
 def loader(args: argparse.Namespace) -> dict[str, Any]:
     if not args.root:
         raise UserError("loader needs --root FOLDER, with train/<class>/ of photos")
@@ -199,7 +208,7 @@ def same_bits(args: argparse.Namespace) -> dict[str, Any]:
 
 CHECKS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "machine": machine, "step": step, "synchronisations": synchronisations, "profile": profile, "loader": loader,
-    "same-bits": same_bits,
+    "same-bits": same_bits, "tiles": tiles,
 }  # fmt: skip
 
 

@@ -1,26 +1,15 @@
 """Every involution kernel of RedNet-50 on one GPU in the tile that the rule chooses (involution/ops/triton_tiles.py),
-beside others, and the span convolutions that the fused ones do without.
+beside others, and the span convolutions that the fused ones do without."""
 
-python scripts/gpu/tiles.py --compile 2 6               launch a sixth of them once: six at a time fill Triton's cache
-python scripts/gpu/tiles.py --out gpu-out/tiles.json    time them all
-"""
-
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
 from kernels.launches import Layer, launches, layers_of, networks
 
 from involution.ops.triton_plans import Launch, in_tile
-from involution.ops.triton_tiles import TILES, Tile
+from involution.ops.triton_tiles import TILES, Tile, share
 
 
 class Case(NamedTuple):
@@ -43,8 +32,7 @@ def cases(batch: int, dtype: torch.dtype) -> Iterator[Case]:
             own = Tile(a["J"], a["GB"], launch.warps)
             yield Case(name, layer, own, True, launch)
             for tile in TILES:
-                share = tile.J * tile.GB * a["BC"] / (32 * tile.warps)
-                if tile != own and 2 * a["G"] > tile.GB and share in (4, 8):
+                if tile != own and 2 * a["G"] > tile.GB and share(tile, a) in (4, 8):
                     yield Case(name, layer, tile, False, in_tile(launch, tile))
 
 
@@ -90,37 +78,17 @@ def span_convolution(layer: Layer, batch: int, dtype: torch.dtype) -> float:
     return median_us(lambda: torch.nn.functional.conv2d(hidden, weight, bias))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the result to this file as well")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument(
-        "--compile", type=int, nargs=2, metavar=("PART", "OF"), help="no times: every OF-th, from PART on"
-    )
-    args = parser.parse_args(arguments)
-    every = list(cases(args.batch, torch.bfloat16))
-    if args.compile:
-        for case in every[args.compile[0] :: args.compile[1]]:
-            microseconds(on_gpu(case.launch))
-        return 0
-    rows: list[dict[str, Any]] = []
+def measure(batch: int) -> dict[str, Any]:
+    """Microseconds of each kernel in its tile and in the best, and of the convolutions, in bf16."""
+    every, rows = list(cases(batch, torch.bfloat16)), list[dict[str, Any]]()
     for case in every:
         us, tile = microseconds(on_gpu(case.launch)), "x".join(map(str, case.tile))
         if case.chosen:
-            rows.append(
-                {"kernel": case.kernel, "layer": str(case.layer), "tile": tile, "us": us, "best": tile, "least": us}
-            )
+            names = {"kernel": case.kernel, "layer": str(case.layer)}
+            rows.append(names | {"tile": tile, "us": us, "best": tile, "least": us})
         elif us is not None and (rows[-1]["least"] is None or us < rows[-1]["least"]):
             rows[-1] |= {"best": tile, "least": us}
     for layer in dict.fromkeys(case.layer for case in every):
-        us = span_convolution(layer, args.batch, torch.bfloat16)
+        us = span_convolution(layer, batch, torch.bfloat16)
         rows.append({"kernel": "span convolution", "layer": str(layer), "tile": "cuDNN", "us": us})
-    text = json.dumps({"batch": args.batch, "precision": "bf16", "rows": rows}, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return {"batch": batch, "precision": "bf16", "rows": rows}
