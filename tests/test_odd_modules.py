@@ -72,6 +72,15 @@ def test_an_infinity_makes_its_channel_nan_as_in_torch() -> None:
     assert result[:, 0].isfinite().all()
 
 
+def test_the_gradient_passes_where_a_value_is_not_a_number() -> None:
+    x, skip, norm = image(2, 3, 5, 5).detach(), image(2, 3, 5, 5).detach().requires_grad_(), batch_norm(3).eval()
+    x[1, 1, 2, 2] = float("nan")
+    found = [torch.autograd.grad(out.sum(), [skip, norm.bias]) for out in
+             (add_residual(x, norm, nn.ReLU(), skip, nn.Identity()), (norm(x) + skip).relu())]  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (37, 5), (111, 111)])
 def test_the_variance_beside_a_pixel_that_is_far_out(place: tuple[int, int]) -> None:
     torch.manual_seed(0)

@@ -165,6 +165,18 @@ def test_second_derivatives_of_batch_norm_and_relu() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
+def test_the_gradient_where_a_value_is_not_a_number() -> None:
+    """Passes the ReLU as it does torch's: to the residual and the bias, which have no other way to know."""
+    layer = torch.nn.BatchNorm2d(2).eval()
+    x, skip = (torch.randn(2, 2, 3, 3).to(memory_format=torch.channels_last) for _ in range(2))
+    x[0, 1, 1, 1] = torch.nan
+    skip.requires_grad_()
+    found = [torch.autograd.grad(out.sum(), [skip, layer.bias]) for out in
+             (norm.norm_relu(x, layer, skip), (layer(x) + skip).relu())]  # fmt: skip
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_gradients_of_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the kernels' gradient of a whole batch would take too much memory."""
     values, grad = tensors((5, *CASES[0][1:]))

@@ -230,7 +230,7 @@ class _NormReLU(torch.autograd.Function):
         if not differentiable.again(grad):
             found = backward(grad, x, weight, bias, coefficients, ctx.problem, out, skip, skip_coefficients)
             return *found, None if skip is None else found[2], None, None
-        grad = grad * ((remake(x, coefficients) if out is None else out) > 0)
+        grad = grad.masked_fill((remake(x, coefficients) if out is None else out) <= 0, 0)
         function = partial(again, coefficients=coefficients, problem=ctx.problem)
         grads = differentiable.gradients(function, grad, x, weight, bias)
         if skip_coefficients is None:

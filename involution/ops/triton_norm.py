@@ -130,9 +130,9 @@ def gradients_kernel(grad, x, out, coefficients, masked, parts, rows, C, per, P,
         values = tl.load(x + place, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
         if out is None:
-            g = tl.where(values * scale[None, :] + shift[None, :] > 0, g, 0.0)
+            g = tl.where(values * scale[None, :] + shift[None, :] <= 0, 0.0, g)  # of NaN it is let through
         else:
-            g = tl.where(tl.load(out + place, mask=ok, other=0.0) > 0, g, 0.0)
+            g = tl.where(tl.load(out + place, mask=ok, other=0.0) <= 0, 0.0, g)
             tl.store(masked + place, g, mask=ok)
         sums += g
         products += g * (values - mean[None, :])  # g is 0 where nothing is
@@ -185,6 +185,6 @@ def apply_gradients_kernel(grad, x, coefficients, out, rows, C, chunks, each, MA
     g = tl.load(grad + place, mask=ok, other=0.0).to(tl.float32)
     if MASK:
         shift = tl.load(row + 3 * C, mask=there, other=0.0)
-        g = tl.where(values * scale[None, :] + shift[None, :] > 0, g, 0.0)
+        g = tl.where(values * scale[None, :] + shift[None, :] <= 0, 0.0, g)
     result = scale[None, :] * g + slope[None, :] * (values - mean[None, :]) + offset[None, :]
     tl.store(out + place, result, mask=ok)
