@@ -22,6 +22,7 @@ from involution.engine.errors import UserError
             2,
             "CUDA out of memory. Take a smaller train.batch_size",
         ),
+        (MemoryError("there is no memory left"), 2, "in eval.py a smaller batch_size"),
         (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 1, "make room and run again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "make room and run again"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),
@@ -33,3 +34,12 @@ def test_status_and_message(error: Exception, status: int, said: str) -> None:
     found, message = _outcome(error)
     assert found == status
     assert said in message
+
+
+def test_memory_that_torch_cannot_have_on_the_cpu() -> None:
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(10**15)
+    status, message = _outcome(error.value)
+    assert status == 2
+    assert "can't allocate memory" in message
+    assert "Take a smaller train.batch_size" in message

@@ -206,6 +206,7 @@ def test_predictions_of_a_folder_as_text_json_and_csv(run, photos, tmp_path):
         (["images=[]"], "images is an empty list"),
         (['images="{photos}"', "output=p.xls"], "output is p.xls; it should end with .csv or .json"),
         (['images="{photos}"', "output=/nowhere/p.csv"], "there is no folder /nowhere"),
+        (['images="{photos}"', "layer=conv3_4"], "contact_sheet=FILE.png shows: give both"),
         (['images="{photos}"', "contact_sheet=p.jpg"], "contact_sheet is p.jpg; it should end with .png or .pdf"),
         (['images="{photos}"', "contact_sheet={run}/p.png", "layer=conv9_9"], "there is no involution layer conv9_9"),
         (

@@ -168,7 +168,7 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return EXIT_ERROR, f"{error}: the disk, the network or a limit failed; start the same again to continue"
     if _disk_is_full(error):
         return EXIT_ERROR, f"{error}: make room and run again"
-    if isinstance(error, torch.OutOfMemoryError):
+    if _memory_is_full(error):
         return EXIT_USAGE, (
             f"{str(error).splitlines()[0]} Take a smaller train.batch_size (the global batch stays, for gradients are "
             "accumulated; BatchNorm sees fewer images), or train.precision=bf16; in eval.py a smaller batch_size"
@@ -176,6 +176,11 @@ def _outcome(error: Exception) -> tuple[int, str]:
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
         return EXIT_USAGE, f"{error.filename}: {error.strerror}"
     return EXIT_ERROR, "".join(traceback.format_exception(error))
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Of the GPU, of our operators on the CPU, or of torch's, whose allocator has no type of error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _disk_is_full(error: Exception) -> bool:

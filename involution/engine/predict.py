@@ -44,6 +44,8 @@ def predict_images(config: EvalConfig, overrides: list[str], world: World) -> di
     for key, owner, what in (("min_score", detection, "detectors"), ("layer", classification, "classifiers")):
         if key in given(overrides) and setup is not owner:
             raise UserError(f"{key}= is for {what}")
+    if "layer" in given(overrides) and config.contact_sheet is None:
+        raise UserError("layer= chooses the kernels that contact_sheet=FILE.png shows: give both")
     told = {k: config.data[k] for k in setup.PREPARATION if k in config.data and f"data.{k}" in given(overrides)}
     predictor = setup.predictor(opened, config, told, device)
     predictions: Predictions = []
