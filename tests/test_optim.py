@@ -300,6 +300,85 @@ def test_gradients_that_a_replay_would_overwrite_are_kept():
     assert weight.grad.data_ptr() != same.grad.data_ptr()
 
 
+@pytest.fixture
+def capture(monkeypatch):
+    """`graphs._Capture` without a GPU: torch's own part in it does nothing, or fails as where a capture is broken."""
+    whole = torch.cuda.graph
+    monkeypatch.setattr(whole, "__init__", lambda self, graph, **options: vars(self).update(options))
+    monkeypatch.setattr(whole, "__enter__", lambda self: self)
+
+    def end(self, *_):
+        if self.broken:
+            raise RuntimeError("capture ended before")
+
+    monkeypatch.setattr(whole, "__exit__", end)
+    return lambda broken: graphs._Capture(None, broken=broken)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+@pytest.mark.parametrize(
+    ("raised", "expected", "message"),
+    [
+        (
+            RuntimeError("not while capturing\nsee above"),
+            UserError,
+            r"captured \(not while capturing\); set it to false",
+        ),
+        (AssertionError(), UserError, r"captured \(AssertionError\)"),
+        (torch.OutOfMemoryError("no room"), torch.OutOfMemoryError, "no room"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_ends_a_capture_is_told(capture, broken, raised, expected, message):
+    def interrupted():
+        with capture(broken):
+            try:
+                {}["cache"]
+            except KeyError:  # handled, and not why
+                raise raised  # noqa: B904
+
+    with pytest.raises(expected, match=message):
+        interrupted()
+
+
+def test_a_capture_that_is_broken_unseen_is_told(capture):
+    with pytest.raises(UserError, match="capture ended before"), capture(True):
+        pass
+    with capture(False):
+        pass
+
+
+def test_a_captured_backward_is_outside_of_autocast(monkeypatch):
+    """As without graphs: what a model computes in fp32 within autocast has its gradients in fp32."""
+
+    class Island(nn.Linear):
+        def forward(self, x):
+            with torch.autocast("cpu", enabled=False):
+                return super().forward(x.float())
+
+    captures, x = [], torch.randn(8, 64)
+
+    def captured(called, images, allow_unused_input):
+        assert not torch.is_autocast_enabled("cpu")
+        captures.append([g.clone() for g in torch.autograd.grad(called(*images).sum(), list(called.parameters()))])
+        return called
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", captured)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
+    model = nn.Sequential(Island(64, 64), nn.Linear(64, 64))
+    replayed = graphs.Captured(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [model(x), replayed(x), replayed(x), replayed(x[:4])]
+    assert len(captures) == 2, "one for each shape"
+    assert [out.dtype for out in outputs] == 4 * [torch.bfloat16]
+    gradients = torch.autograd.grad(outputs[0].sum(), list(model.parameters()))
+    for one, other in zip(gradients, captures[0], strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_capture_leaves_other_threads_alone(monkeypatch):
     whole = torch.cuda.graph
     monkeypatch.setattr(whole, "__init__", lambda self, graph, **options: vars(self).update(options))  # wants a GPU

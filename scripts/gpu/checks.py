@@ -11,6 +11,7 @@ python scripts/gpu/checks.py same-bits --runs A B       whether two runs ended w
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import sys
@@ -89,10 +90,12 @@ class Training:
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
-    rows = []
+    rows, training = [], None
     for batch, name in itertools.product(args.batch, args.models):
         begin = time.perf_counter()
         if args.device == "cuda":
+            training = None  # the row before is not to count into this one's peak
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         training = Training(args, name, batch)
