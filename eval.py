@@ -38,10 +38,12 @@ def main(composed: DictConfig) -> None:
         with cli.user_input():
             cli.print_result(predict_images(config, HydraConfig.get().overrides.task, world))
         return
-    results = list(evaluate_each(config, HydraConfig.get().overrides.task, world))
+    results = []
+    for result in evaluate_each(config, HydraConfig.get().overrides.task, world):
+        results.append(result)
+        if world.is_main and config.results is not None:
+            write_results(config.results, results)  # each time: should the next one fail, these are there
     if world.is_main:
-        if config.results is not None:
-            write_results(config.results, results)
         cli.print_result({"results": results} if isinstance(config.checkpoint, list) else results[0])
 
 

@@ -39,7 +39,8 @@ def main(composed: DictConfig) -> None:
     same_on_all_ranks("code version", code_version())
     same_on_all_ranks("configuration", dataclasses.asdict(config))
     o, fixed = config.train, "train.batch_size" in given(HydraConfig.get().overrides.task)
-    configured, o.batch_size = o.batch_size, fit_batch_size(o.global_batch_size, o.batch_size, world.size, fixed)
+    configured = o.batch_size
+    o.batch_size = fit_batch_size(o.global_batch_size, configured, world.size, fixed)
     run = RunFolder(Path(HydraConfig.get().runtime.output_dir), world)
     with cli.user_input():
         trainer = build_trainer(config, run, world)

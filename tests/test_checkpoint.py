@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
-from involution.engine import build, checkpoint
+from involution.engine import checkpoint
 from involution.engine.checkpoint import CheckpointFolder, load_weights
 from involution.engine.distributed import World
 from involution.engine.errors import UserError
+from involution.engine.resume import state_to_resume
 from involution.engine.run import RunFolder
 from involution.weights.run_file import DamagedCheckpoint, digest, read, write
 
@@ -91,7 +92,7 @@ def test_where_a_run_begins(tmp_path, monkeypatch, resume, own, origin, restarts
     began = {} if origin == "earlier code" else {"origin": origin and os.path.abspath(origin)}
     folder.save(state(2) | {"config": {"train": {"resume": own}}} | began, 2)
     folder.wait()
-    found = build.state_to_resume(resume, run, world)
+    found = state_to_resume(resume, run, world)
     assert (found and found["step"]) == step
     assert run.checkpoints.exists() == (step is not None)
 

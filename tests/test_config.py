@@ -104,6 +104,12 @@ def test_the_released_recipe_adds_nesterov_and_warmup_alone():
     assert released.train == paper.train
 
 
+def test_every_recipe_has_a_run_folder_of_its_own():
+    recipes = [option for option in OPTIONS if option.startswith("recipe=")]
+    names = [config(recipe, "checkpoint=WEIGHTS").name for recipe in recipes]
+    assert len({*names}) == len(recipes) > 5, names
+
+
 def test_the_command_line_overrides_the_recipe():
     found = config("recipe=demo", "model=resnet26", "data=cifar10", "optimizer.lr=0.3", "train.epochs=1")
     assert (found.model["name"], found.data.name, found.optimizer["lr"], found.train.epochs) == (
@@ -166,7 +172,10 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
             "data folder '/nowhere' does not exist; set data.root to the folder with",
         ),
         (["recipe=demo", "train.batch_size=48"], "Batch sizes that fit: "),
-        (["recipe=demo", "optimizer=adamw", "+optimizer.momentum=0.9"], "optimizer: ~optimizer.momentum"),
+        (
+            ["recipe=demo", "optimizer=adamw", "+optimizer.momentum=0.9"],
+            "another optimizer or from the command line: '~optimizer.momentum' there",
+        ),
         (["recipe=demo", "optimizer=timm"], "optimizer.name is not set; give it as optimizer.name=NAME"),
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["device=cuda"], "use device=cpu"),

@@ -16,8 +16,11 @@ from torch import nn
 import involution
 from data import Batch
 from involution.checks import strict_json
+from involution.engine.config import EvalConfig
 from involution.engine.distributed import World
+from involution.engine.errors import UserError
 from involution.engine.evaluate import _warn_once_if_slow, autocast, evaluate
+from involution.engine.load import evaluate_each
 from involution.engine.tasks.classification import Accuracy
 from involution.weights.run_file import read, write
 
@@ -76,6 +79,11 @@ def test_several_checkpoints_at_another_size_make_a_table(checkpoints, images, t
         rows = list(csv.DictReader(file))
     assert [row["checkpoint"] for row in rows] == [str(each) for each in checkpoints]
     assert [float(row["loss"]) for row in rows] == [each["loss"] for each in results]
+    gone = evaluate_each(
+        EvalConfig(checkpoint=[str(checkpoints[0]), "gone.pt"], predictions=None, results=None), [], None
+    )
+    with pytest.raises(UserError, match=r"there is no file gone\.pt"):  # before the first one is evaluated
+        next(evaluate_each(two, [], World(0, 1, torch.device("cpu"))))
     refused = in_process(*EVAL, both, f"predictions={tmp_path}/p.csv")
     assert (refused.status, "predictions= is of one checkpoint" in refused.stderr) == (2, True)
 

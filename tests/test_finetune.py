@@ -10,6 +10,7 @@ from programs import finish, in_process, kill, start
 from reliability import command, outcome, saved_step, wait_until, write_images
 
 import involution
+from involution.engine.finetune import start_from
 from involution.export import save_safetensors
 from involution.weights import to_released
 from involution.weights.run_file import read
@@ -168,3 +169,20 @@ def test_frozen_parts_of_a_model():
     for wrong in (True, -1, 5, ["head"]):
         with pytest.raises(ValueError, match="freeze"):
             model.freeze(wrong)
+
+
+def test_a_classifier_starts_from_the_backbone_of_a_detector(tmp_path):
+    torch.manual_seed(0)
+    detector = involution.create_model("retinanet", num_classes=3, backbone={"name": "rednet26", "stem_kernel_size": 3})
+    torch.save(detector.state_dict(), file := tmp_path / "detector.pth")
+    fresh, pretrained = involution.create_model("rednet26", 4), involution.create_model("rednet26", 4, pretrained=file)
+    start_from(fresh, {"name": "rednet26"}, str(file), None, ["a", "b", "c", "d"])
+    for key, value in detector.backbone.state_dict().items():
+        for model in (fresh, pretrained):
+            assert torch.equal(model.state_dict()[key.removeprefix("net.")], value), key
+
+    wide = involution.create_model("rednet26", 4, stem_kernel_size=7)
+    with pytest.raises(ValueError, match=r"It was trained with model\.stem_kernel_size=3: add that"):
+        start_from(wide, {"name": "rednet26"}, str(file), None, ["a", "b", "c", "d"])
+    with pytest.raises(ValueError, match="They were trained with stem_kernel_size=3"):
+        involution.create_model("rednet26", 4, stem_kernel_size=7, pretrained=file)

@@ -2,10 +2,8 @@
 
 import dataclasses
 import logging
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,22 +13,21 @@ from hydra.utils import instantiate
 from involution import complexity, create_model
 from involution.checks import SizeError, few, first_line
 from involution.engine import boards
-from involution.engine.checkpoint import CheckpointFolder
 from involution.engine.config import TrainConfig
-from involution.engine.distributed import World, gather_objects, synchronise, synchronised
+from involution.engine.distributed import World, synchronise, synchronised
 from involution.engine.errors import UserError
 from involution.engine.finetune import freeze, start_from
 from involution.engine.ghost import use_ghost_batches
 from involution.engine.meter import forget_peak_memory
-from involution.engine.optim import build_schedule, parameter_groups, warmup_length
-from involution.engine.rendezvous import started_again
+from involution.engine.optim import Schedule, build_schedule, parameter_groups, warmup_length
+from involution.engine.options import TrainOptions
+from involution.engine.resume import origin, state_to_resume
 from involution.engine.run import RunFolder, log_to, same_on_all_ranks
 from involution.engine.same_run import check_ended, check_same_run
 from involution.engine.state import seed_everything, use_tf32
-from involution.engine.tasks import DataSet, check_data
+from involution.engine.tasks import DataSet, Setup, check_data
 from involution.engine.trainer import Trainer
 from involution.models import MODELS, from_timm, model_options, without_weights
-from involution.weights.run_file import State, read
 
 log = logging.getLogger("involution")
 
@@ -41,22 +38,12 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     Raises:
         ValueError: for any value, folder or checkpoint that cannot work.
     """
-    o = config.train
-    o.check()
-    if o.sync_batchnorm is True and world.device.type == "cpu":
-        raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
-    setup = check_data(config.model["name"], config.data.name)
-    remark = check_model(config.model)
-    setup.check(config, world)
-    _check_deterministic(config, world)
-    if o.cuda_graphs:
-        _check_graphs(config, world, setup.SIZES_VARY)
-    boards.check(config.logging)
+    setup, remark = _check(config, world)
     train, val = setup.open_dataset(config.data)
     if not len(train):
         raise UserError(f"data={config.data.name} in {config.data.root} has no samples to train on")
     config.model["num_classes"] = _num_classes(config.model["num_classes"], train.class_names)
-    plain = dataclasses.asdict(config)
+    o, plain = config.train, dataclasses.asdict(config)
     same_on_all_ranks("data set", {"train": train.fingerprint, "val": val.fingerprint})
 
     run.open()
@@ -70,32 +57,14 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
     seed_everything(config.seed, world, config.deterministic, setup.SIZES_VARY)
     use_tf32(o.tf32)
     forget_peak_memory(world.device)
-    model: Any = create_model(**config.model if state is None else without_weights(config.model))
-    if config.checkpoint is not None and state is None:
-        start_from(model, config.model, config.checkpoint, config.data, train.class_names)
-    if o.freeze is not None:
-        freeze(model, o.freeze)
-    if world.is_main:
-        log.info("%s\n%s%s", config.model["name"], remark, _cost(model, setup.input_shape(config.data)))
-    model = to_device(model, world.device, o.channels_last)
-    if o.batchnorm_size is not None:
-        use_ghost_batches(model, o.batchnorm_size)
-    torch.manual_seed(config.seed + world.rank)  # dropout and stochastic depth of every rank's own
-    if synchronised(o.sync_batchnorm, world):
-        model = synchronise(model)
+    model = _make_model(config, setup, train.class_names, world, fresh=state is None, remark=remark)
     train_loader = setup.train_loader(train, config, world)
-    steps_per_epoch = train_loader.steps_per_epoch
-    o = o.in_epochs(steps_per_epoch)
-    total_steps = o.steps or (o.epochs or 0) * steps_per_epoch
-    if (warm := warmup_length(steps_per_epoch, **config.schedule)) >= total_steps and world.is_main:
-        log.warning(
-            "the warm-up of %d steps takes all of this run's %d: optimizer.lr is never reached", warm, total_steps
-        )
+    o = o.in_epochs(train_loader.steps_per_epoch)
     trainer = Trainer(
         model,
         setup.build(config),
         build_optimizer(config.optimizer, parameter_groups(model, o.exclude_from_decay, o.layer_decay)),
-        build_schedule(config.optimizer["lr"], total_steps, steps_per_epoch, **config.schedule),
+        _schedule(config, o, train_loader.steps_per_epoch, world),
         train_loader,
         setup.eval_loader(val, config.data, setup.EVAL_BATCH or o.batch_size, world),
         val_size=len(val),
@@ -106,7 +75,7 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
             "config": plain,
             "class_names": list(train.class_names),
             "data": train.fingerprint,
-            "origin": _origin(o.resume) or (state or {}).get("origin"),
+            "origin": origin(o.resume) or (state or {}).get("origin"),
         },
         gallery=setup.gallery(val, config.data) if world.is_main else None,
     )
@@ -118,6 +87,49 @@ def build_trainer(config: TrainConfig, run: RunFolder, world: World) -> Trainer:
         run.describe(plain, world)
         run.rewind_metrics(trainer.closed)
     return trainer
+
+
+def _check(config: TrainConfig, world: World) -> tuple[Setup, str]:
+    """Refuse before any data is read what cannot work; the task, and what `check_model` has to say."""
+    o = config.train
+    o.check()
+    if o.sync_batchnorm is True and world.device.type == "cpu":
+        raise UserError("train.sync_batchnorm=true needs GPUs; torch has no SyncBatchNorm for the CPU")
+    setup = check_data(config.model["name"], config.data.name)
+    remark = check_model(config.model)
+    setup.check(config, world)
+    build_optimizer(config.optimizer, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}])
+    _check_deterministic(config, world)
+    if o.cuda_graphs:
+        _check_graphs(config, world, setup.SIZES_VARY)
+    boards.check(config.logging)
+    return setup, remark
+
+
+def _make_model(
+    config: TrainConfig, setup: Setup, class_names: Sequence[str], world: World, *, fresh: bool, remark: str
+) -> torch.nn.Module:
+    """The model as it is trained, on its device: with weights to start from where it is `fresh`."""
+    o, options = config.train, config.model
+    model: Any = create_model(**options if fresh else without_weights(options))
+    if config.checkpoint is not None and fresh:
+        start_from(model, options, config.checkpoint, config.data, class_names)
+    if o.freeze is not None:
+        freeze(model, o.freeze)
+    if world.is_main:
+        log.info("%s\n%s%s", options["name"], remark, _cost(model, setup.input_shape(config.data)))
+    model = to_device(model, world.device, o.channels_last)
+    if o.batchnorm_size is not None:
+        use_ghost_batches(model, o.batchnorm_size)
+    torch.manual_seed(config.seed + world.rank)  # dropout and stochastic depth of every rank's own
+    return synchronise(model) if synchronised(o.sync_batchnorm, world) else model
+
+
+def _schedule(config: TrainConfig, o: TrainOptions, steps_per_epoch: int, world: World) -> Schedule:
+    steps = o.steps or (o.epochs or 0) * steps_per_epoch
+    if (warm := warmup_length(steps_per_epoch, **config.schedule)) >= steps and world.is_main:
+        log.warning("the warm-up of %d steps takes all of this run's %d: optimizer.lr is never reached", warm, steps)
+    return build_schedule(config.optimizer["lr"], steps, steps_per_epoch, **config.schedule)
 
 
 def _tell_sizes(train: DataSet, val: DataSet, global_batch_size: int) -> None:
@@ -209,57 +221,13 @@ def _num_classes(configured: int | None, class_names: Sequence[str]) -> int:
     return configured or len(class_names)
 
 
-def state_to_resume(resume: str, run: RunFolder, world: World) -> State | None:
-    """The state to go on from, for auto | never | PATH. With never, what an earlier run left in the folder goes.
-
-    Rank 0 chooses the checkpoint, so that ranks cannot choose differently. Of a run that began from a PATH its own
-    checkpoints continue, so that the same command started again does.
-
-    Raises:
-        UserError: every checkpoint of the run is damaged, or PATH is none.
-    """
-    if resume == "never" and started_again():
-        resume = "auto"
-    if resume == "never":
-        if world.is_main:
-            run.start_over()
-        return None
-    try:
-        found = CheckpointFolder(run.checkpoints).newest() if world.is_main else None
-    except UserError:  # all are damaged
-        if resume == "auto":
-            raise
-        found = None
-    if found and resume != "auto" and _origin(resume) != _began_from(found[1]):
-        found = None
-    path: Path | None = gather_objects(found and found[0])[0]
-    if path is None:
-        return None if resume == "auto" else read(_file(resume))
-    if world.is_main:
-        log.info("going on from %s", path)
-    return found[1] if found else read(path)
-
-
-def _origin(resume: str) -> str | None:
-    """The checkpoint that `train.resume` names, in whatever way; of a run's folder its last one."""
-    return None if resume in ("auto", "never") else os.path.abspath(_file(resume))
-
-
-def _file(resume: str) -> Path:
-    return Path(resume, "checkpoints", "last.pt") if os.path.isdir(resume) else Path(resume)
-
-
-def _began_from(state: State) -> str | None:
-    """The checkpoint that a run began from, however often it went on since."""
-    return state["origin"] if "origin" in state else _origin(state["config"]["train"]["resume"])  # of earlier code
-
-
 def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     try:
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(groups)
     except (TypeError, ValueError, IndexError, InstantiationException) as error:
         option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        advice = f": '~optimizer.{option[1]}' there leaves it out" if option else ""
         raise UserError(
-            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from the command "
-            f"line or from a recipe made for another optimizer{f': ~optimizer.{option[1]}' if option else ''}"
+            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from a recipe made for "
+            f"another optimizer or from the command line{advice}"
         ) from error

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from involution.checks import few
 from involution.engine.config import DataConfig
 from involution.engine.errors import UserError
-from involution.models import DENSE, StagedNetwork, from_timm, model_of
+from involution.models import DENSE, StagedNetwork, from_timm, tensors_for
 from involution.weights import classifier_of, load_into, open_weights, other_options
 
 log = logging.getLogger("involution")
@@ -33,7 +33,9 @@ def start_from(
     weights: dict[str, Tensor] = {}
     try:
         weights = (
-            from_timm.translated(model, opened.tensors) if "library" in arguments else model_of(opened)[0].state_dict()
+            from_timm.translated(model, opened.tensors)
+            if "library" in arguments
+            else tensors_for(arguments["name"], opened)
         )
         own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
         as_many = all(key in weights and weights[key].shape == value.shape for key, value in own.items())

@@ -21,6 +21,7 @@ from involution.engine.outputs import output_file, write_table
 from involution.engine.tasks import Evaluation, Setup, check_data, classification
 from involution.loading import IMAGENET, Opened, input_channels, open_checkpoint, scaled
 from involution.models import from_timm
+from involution.weights.source import fetch
 
 NULLABLE = ("exclude", "window")  # of data: null on the command line means none, elsewhere as it was trained
 
@@ -79,6 +80,9 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
         raise UserError("predictions= is of one checkpoint; give them one by one")
     if config.results is not None:
         output_file("results", config.results, ".csv")
+    with user_input():
+        for checkpoint in checkpoints:
+            fetch(checkpoint)  # one that is not there is said before another is evaluated
     for checkpoint in checkpoints:
         one = dataclasses.replace(config, checkpoint=checkpoint)
         with user_input():
@@ -142,7 +146,8 @@ def _data(opened: Opened, setup: Setup, config: EvalConfig, overrides: list[str]
             trained.exclude = None
     elif config.data["name"] is None or "data.name" in typed:  # a name alone does not say how pictures are prepared
         raise UserError(
-            f"{config.checkpoint} holds weights alone; say what to evaluate on: data=imagenet data.root=..."
+            f"{config.checkpoint} holds weights of {opened.name} alone; say what to evaluate on: "
+            f"data={'|'.join(setup.DATASETS)} data.root=..."
         )
     else:
         trained = setup.DATA(**config.data | {k: v for k, v in opened.data.items() if k in config.data})

@@ -251,7 +251,7 @@ class Trainer:
     def summary(self) -> dict[str, Any]:
         return {
             "run_dir": str(self.run.path),
-            "epochs": self.step // self.steps_per_epoch,
+            "epochs": math.ceil(self.step / self.steps_per_epoch),
             "steps": self.step,
             **{f"val_{name}": self.metrics[name] for name in self.task.names if name != "loss"},
             f"best_{self.task.headline}": self.best,

@@ -14,7 +14,7 @@ from involution.models.bottleneck import BottleneckNetwork
 from involution.models.rednet import RedNet
 from involution.models.resnet import ResNet
 from involution.models.staged import StagedNetwork
-from involution.weights import Weights, load_into, open_weights
+from involution.weights import Weights, load_into, open_weights, other_options
 from involution.weights import dense as dense_names
 from involution.weights.published import PUBLISHED
 
@@ -111,11 +111,15 @@ def model_of(weights: Weights) -> tuple[StagedNetwork, dict[str, Any]]:
 
 
 def fill(model: nn.Module, name: str, weights: Weights, library: str | None = None) -> None:
-    """Load weights into a model made by ``create_model`` with this name and library; errors as in ``load_into``."""
-    if library:
-        load_into(model, from_timm.translated(model, weights.tensors))
-    else:
-        load_into(model, tensors_for(name, weights))
+    """Load weights into a model made by ``create_model`` with this name and library; errors as in ``load_into``, with
+    the options in which they differ."""
+    tensors = from_timm.translated(model, weights.tensors) if library else tensors_for(name, weights)
+    try:
+        load_into(model, tensors)
+    except ValueError as error:
+        others = other_options(tensors, model.state_dict())
+        told = ", ".join(f"{key}={value!r}" for key, value in others.items())
+        raise ValueError(f"{error}. They were trained with {told}" if told else str(error)) from error
 
 
 def tensors_for(name: str, weights: Weights) -> dict[str, Tensor]:

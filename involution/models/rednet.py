@@ -90,8 +90,10 @@ class RedNet(BottleneckNetwork):
         else:
             raise ValueError(f'stem is {stem!r}; it should be "involution" or "convolution"')
         block = partial(Bottleneck, spatial=spatial)
-        timms = drop_path_rate, drop_rate, global_pool
-        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
+        super().__init__(
+            stem_module, block, depths, num_classes, output_stride, zero_init_residual,
+            drop_path_rate=drop_path_rate, drop_rate=drop_rate, global_pool=global_pool,
+        )  # fmt: skip
 
 
 MODELS = {f"rednet{number}": partial(RedNet, depths) for number, depths in DEPTHS.items()}

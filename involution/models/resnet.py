@@ -53,8 +53,10 @@ class ResNet(BottleneckNetwork):
             raise ValueError(f'stem is {stem!r}; it should be "convolution" or "deep"')
         stem_module = DeepStem(in_chans) if stem == "deep" else ConvolutionStem(in_chans)
         block = partial(Bottleneck, spatial=spatial)
-        timms = drop_path_rate, drop_rate, global_pool
-        super().__init__(stem_module, block, depths, num_classes, output_stride, zero_init_residual, *timms)
+        super().__init__(
+            stem_module, block, depths, num_classes, output_stride, zero_init_residual,
+            drop_path_rate=drop_path_rate, drop_rate=drop_rate, global_pool=global_pool,
+        )  # fmt: skip
 
 
 MODELS = {f"resnet{number}": partial(ResNet, depths) for number, depths in DEPTHS.items()}

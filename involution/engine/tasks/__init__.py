@@ -195,6 +195,6 @@ def check_data(model: str, data: str | None) -> Setup:
     if data is not None and data not in setup.DATASETS:
         backbone = "" if model in DENSE else f"; as a detector's or segmentor's backbone: model.backbone.name={model}"
         raise UserError(
-            f"model={model} cannot be trained on data={data}: its task takes data={'|'.join(setup.DATASETS)}{backbone}"
+            f"model={model} does not go with data={data}: its task takes data={'|'.join(setup.DATASETS)}{backbone}"
         )
     return setup
