@@ -79,9 +79,7 @@ def test_several_checkpoints_at_another_size_make_a_table(checkpoints, images, t
         rows = list(csv.DictReader(file))
     assert [row["checkpoint"] for row in rows] == [str(each) for each in checkpoints]
     assert [float(row["loss"]) for row in rows] == [each["loss"] for each in results]
-    gone = evaluate_each(
-        EvalConfig(checkpoint=[str(checkpoints[0]), "gone.pt"], predictions=None, results=None), [], None
-    )
+    two = EvalConfig(checkpoint=[str(checkpoints[0]), "gone.pt"], predictions=None, results=None)
     with pytest.raises(UserError, match=r"there is no file gone\.pt"):  # before the first one is evaluated
         next(evaluate_each(two, [], World(0, 1, torch.device("cpu"))))
     refused = in_process(*EVAL, both, f"predictions={tmp_path}/p.csv")
