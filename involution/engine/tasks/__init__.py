@@ -180,9 +180,9 @@ def task_of(model: str) -> Setup:
     # here, for they import the configuration, whose schema depends on the task
     from involution.engine.tasks import classification, detection, segmentation
 
-    others: dict[str, Setup] = dict.fromkeys(detection.PARTS, detection)
-    others |= {"semantic_fpn": segmentation, "upernet": segmentation}
-    return others.get(model, classification)
+    if model in detection.PARTS:
+        return detection
+    return segmentation if model in DENSE else classification
 
 
 def check_data(model: str, data: str | None) -> Setup:
