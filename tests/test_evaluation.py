@@ -3,6 +3,7 @@
 import csv
 import json
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -159,12 +160,22 @@ def test_help_lists_groups_and_keys_with_their_comments():
     shown = in_process("train.py", "model=timm", "model.name=convnext_tiny", "--help")
     assert shown.status == 0
     assert "    timm                  Any model of the installed timm" in shown.stdout
+    assert shown.stdout.splitlines()[1:3] == [
+        "  python train.py recipe=demo",
+        "  python train.py model=rednet50 data.root=/path/to/imagenet",
+    ]
+    groups = re.findall(r"^  (\w+)=", shown.stdout.partition("Keys, ")[0], re.MULTILINE)
+    assert groups == ["recipe", "model", "data", "optimizer", "schedule", "augmentation", "ablation"]
+    assert "    kernel_size           Table 6a: side length of the kernels\n" in shown.stdout
+    assert "as_trained" not in shown.stdout
     lines = {line.split("=")[0].strip(): line for line in shown.stdout.partition("Keys, ")[2].splitlines()}
     assert lines["train.precision"].endswith("# fp32 | bf16 | fp16: autocast; fp16 scales the loss")
     assert "model.options=null" in lines["model.options"]
     assert lines["train.epochs"].split() == ["train.epochs=130"]
     assert "_target_" not in lines["optimizer.lr"]
     evaluation = in_process("eval.py", "-h").stdout
+    assert "python eval.py checkpoint=runs/demo-rednet26\n" in evaluation
+    assert "data=as_trained" in evaluation
     assert "class_map=null" in evaluation
     assert "a file, or a run's folder" in evaluation
 

@@ -10,6 +10,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
+#: groups in the order in which they are chosen; others, if any, behind them
+_ORDER = ("recipe", "model", "data", "optimizer", "schedule", "augmentation", "ablation")
+_EXAMPLES = {
+    "train.py": ("python train.py recipe=demo", "python train.py model=rednet50 data.root=/path/to/imagenet"),
+    "eval.py": ("python eval.py checkpoint=runs/demo-rednet26", "python eval.py checkpoint=rednet50 images=photo.jpg"),
+}
 _KEY = re.compile(r"(?P<indent> *)(?P<key>[\w]+):(?P<value>.*?)(?:\s#\s(?P<comment>.*))?$")
 
 
@@ -32,8 +38,9 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
             for key, note in _comments(folder / group / f"{name}.yaml").items():
                 notes.setdefault(key, note)
     notes |= _comments(folder / f"{config_name}.yaml")
-    lines = [f"{program} [GROUP=NAME ...] [KEY=VALUE ...]", "", "Groups:"]
-    for group in (each for each in groups if each in choices):
+    lines = [f"{program} [GROUP=NAME ...] [KEY=VALUE ...]", *(f"  {each}" for each in _EXAMPLES.get(program, ()))]
+    lines += ["", "Groups:"]
+    for group in (each for each in sorted(groups, key=_place) if each in choices):
         lines.append(f"  {group}={choices[group] or 'null'}")
         lines += [f"    {name:<22}{note}".rstrip() for name, note in _shortened(groups[group])]
     lines += ["", "Keys, with their values:"]
@@ -43,10 +50,13 @@ def text(program: str, config_dir: str, config_name: str, arguments: Sequence[st
         shown = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
         note = notes.get(key, "")
         lines.append(f"  {key}={shown}" + (f"{' ' * max(2, 44 - len(key) - len(shown))}# {note}" if note else ""))
-    hydra = (
-        "Sweeps: -m with commas between values. Hydra's own options: --hydra-help. The configuration alone: --cfg job"
-    )
-    return "\n".join([*lines, "", hydra])
+    sweeps = "Sweeps: -m with commas between values, or with ablation=NAME. " if program == "train.py" else ""
+    return "\n".join([*lines, "", f"{sweeps}Hydra's own options: --hydra-help. The configuration alone: --cfg job"])
+
+
+def _place(group: str) -> tuple[int, str]:
+    """Where a group stands in the list."""
+    return _ORDER.index(group) if group in _ORDER else len(_ORDER), group
 
 
 def _options(group: Path) -> dict[str, str]:
