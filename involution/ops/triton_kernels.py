@@ -30,7 +30,7 @@ Forward, one layer of RedNet-50, batch 128, bf16, channels_last, microseconds on
 
 So the multiply-adds and the work around them bind, not the bytes: half of the instructions are not multiply-adds
 (widening bf16 is 13-18 % of all), and they take twice the time that issuing them would.
-The backward stores the kernels' gradient for a moment: docs/operator.md has what that and making it on the chip take.
+The backward stores the kernels' gradient for a moment: docs/benchmarks/gpu-kernels.md has what that takes.
 """
 
 import triton
