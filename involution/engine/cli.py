@@ -43,6 +43,7 @@ class _Leave(BaseException):
 
 def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None]:
     """What `hydra.main` calls. A job of a sweep says why it failed; a single run's errors go straight to `run`."""
+    said: set[str] = set()
 
     @functools.wraps(main)
     def quiet(config: DictConfig) -> str | None:
@@ -56,7 +57,9 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
             if not in_sweep:
                 raise _Leave(error) from error
             _, message = _outcome(error)
-            log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, message)
+            why = "as a job before" if message in said else message
+            log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, why)
+            said.add(message)
             return message.strip().splitlines()[-1]
         finally:
             if in_sweep:  # the next job needs the memory, and compiles programs of its own
