@@ -1,11 +1,12 @@
 """Every configuration composes; the recipes say what the paper says; what is impossible is refused with advice."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from programs import ROOT, in_process, python, torchrun
+from programs import ROOT, in_process, kill, python, start, torchrun
 
 from involution.engine.build import check_model
 from involution.engine.config import EvalConfig, TrainConfig, validate
@@ -261,6 +262,35 @@ def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, argument
 def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path):
     assert in_process("train.py", f"output_root={tmp_path}/runs", "data=folder").status == 2
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+SMALL = ["recipe=demo", "device=cpu", "data.loader=torch", "data.workers=0"]
+
+
+def test_nor_does_one_that_was_refused_after_it_took_its_folder(tmp_path: Path):
+    words = [*SMALL, f"output_root={tmp_path}", "name=run", "train.freeze=9"]
+    for before in ([], ["notes.txt"]):
+        (tmp_path / "run").mkdir()
+        for name in before:
+            (tmp_path / "run" / name).touch()
+        finished = in_process("train.py", *words)
+        assert finished.status == 2, finished.stderr
+        left = [path.name for path in tmp_path.rglob("*")]
+        assert sorted(left) == ([".lock", *before, "run", "train.log"] if before else [])
+
+
+def test_a_refused_run_leaves_the_files_of_one_that_has_the_lock(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    hold = f"import fcntl, signal; file = open({str(lock)!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print()"
+    other = start([sys.executable, "-c", f"{hold}; signal.pause()"])
+    other.stdout.readline()  # it has the lock
+    (tmp_path / "run" / "train.log").touch()
+    finished = in_process("train.py", *SMALL, f"output_root={tmp_path}", "name=run", "train.max_steps=1")
+    kill(other)
+    assert finished.status == 2, finished.stderr
+    assert "another run is writing to" in finished.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "train.log"]
 
 
 def test_a_process_ends_with_status_2_and_no_traceback(tmp_path: Path):

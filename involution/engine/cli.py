@@ -1,6 +1,7 @@
 """From the command line to an exit status: one readable message for whatever the user can mend."""
 
 import errno
+import fcntl
 import functools
 import gc
 import io
@@ -121,7 +122,13 @@ def _remove_unused_folder() -> None:
     """Hydra makes a run's folder before the run has anything to write; a run that never began leaves none."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder != Path.cwd():
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # something else is in it, or another run has the lock
+            found = {path.name for path in folder.iterdir()}
+            if {".lock"} <= found <= {".lock", "train.log"} and os.environ.get("RANK", "0") == "0":
+                with open(folder / ".lock", "a") as lock:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for name in found:
+                        (folder / name).unlink()
             folder.rmdir()
 
 
