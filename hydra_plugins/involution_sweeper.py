@@ -68,8 +68,12 @@ class Sweeper(BasicSweeper):
         counts = {"jobs": len(jobs), "finished": len(jobs) - len(failed), "failed": len(failed)}
         print_result({"sweep_dir": str(sweep_dir), **counts})
         if failed:
-            listed = [f"  {folder.name}: {reasons.get(folder) or 'ended without a result'}" for folder in failed]
-            raise Stopped("\n".join([f"{len(failed)} of {len(jobs)} jobs failed:", *listed]))
+            why = [reasons.get(folder) or "ended without a result" for folder in failed]
+            count = f"{len(failed)} of {len(jobs)} jobs failed"
+            if len(failed) > 1 and len(set(why)) == 1:
+                raise Stopped(f"{count}, all of them: {why[0]}")
+            listed = [f"  {folder.name}: {reason}" for folder, reason in zip(failed, why, strict=True)]
+            raise Stopped("\n".join([f"{count}:", *listed]))
 
     def _combinations(self, arguments: list[str]) -> tuple[list[list[str]], set[str]]:
         """Every job's overrides, and the keys that vary."""

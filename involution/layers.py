@@ -57,7 +57,7 @@ class Involution2d(NotScripted, nn.Module):
         if channels % group_channels:
             raise ValueError(
                 f"group_channels is {group_channels}, which does not divide channels = {channels}; "
-                "choose a divisor, or None for one kernel for all channels"
+                "choose a divisor, or None (null on the command line) for one kernel for all channels"
             )
         if reduction_ratio > channels:
             raise ValueError(f"reduction_ratio is {reduction_ratio}; it should be at most channels = {channels}")

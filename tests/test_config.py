@@ -1,11 +1,12 @@
 """Every configuration composes; the recipes say what the paper says; what is impossible is refused with advice."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from programs import ROOT, in_process, python, torchrun
+from programs import ROOT, in_process, kill, python, start, torchrun
 
 from involution.engine.build import check_model
 from involution.engine.config import EvalConfig, TrainConfig, validate
@@ -123,9 +124,13 @@ def test_the_command_line_overrides_the_recipe():
     [
         ("train.precision=fp8", "fp32, bf16, fp16"),
         ("train.epochs=0", "at least 1"),
-        ("train.epochs=many", r"train\.epochs"),
+        ("train.epochs=many", r"^train\.epochs=many should be a whole number$"),
+        ("train.epochs=1.5", r"^train\.epochs=1\.5 should be a whole number$"),
+        ("train.tf32=maybe", r"^train\.tf32=maybe should be true or false$"),
+        ("data.mean=[a,0,0]", r"^data\.mean\[0\]=a should be a number$"),
+        ("data=as_trained", r"data=as_trained is for eval\.py"),
         ("train.label_smoothing=1.5", "between 0 and 1"),
-        ("augmentation.mixup=abc", r"augmentation\.mixup: Value 'abc' of type 'str' could not be converted to Float$"),
+        ("augmentation.mixup=abc", r"^augmentation\.mixup=abc should be a number$"),
         ("model.drop_path_rate=2", r"model\.drop_path_rate=2 should be between 0 and 1"),
         ("optimizer.lr=fast", r"optimizer\.lr=fast should be a number"),
         ("data.loader=dally", "did you mean dali"),
@@ -165,6 +170,10 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
         (["train.epoch=3"], "there is no key train.epoch; did you mean train.epochs?"),
         (["recipe=demo", "lr=3"], "there is no key lr; did you mean optimizer.lr?"),
         (["model=rednet5"], "model=rednet5 is unknown; did you mean rednet50?"),
+        (["data=folders"], "data=folders is unknown; did you mean folder? Known: cifar10, "),  # not as_trained
+        (["model.group_channels=64"], "group_channels=64 does not divide the stem's 32 channels: take one of 1, 2, "),
+        (["model.kernel_size=3,5"], "several values are a sweep: python train.py -m model.kernel_size=3,5 ..."),
+        (["data.mean=0,0,0"], "a list is 'data.mean=[0,0,0]', text with a comma 'data.mean=\"0,0,0\"'"),
         (["model.kernel_size=4"], "kernel_size is 4; it should be odd, for the window to have a centre"),
         (["data=folder"], "set data.root"),
         (
@@ -262,6 +271,35 @@ def test_wrong_input_ends_with_one_message_and_status_2(tmp_path: Path, argument
 def test_a_run_that_never_began_leaves_no_folder(tmp_path: Path):
     assert in_process("train.py", f"output_root={tmp_path}/runs", "data=folder").status == 2
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+SMALL = ["recipe=demo", "device=cpu", "data.loader=torch", "data.workers=0"]
+
+
+def test_nor_does_one_that_was_refused_after_it_took_its_folder(tmp_path: Path):
+    words = [*SMALL, f"output_root={tmp_path}", "name=run", "train.freeze=9"]
+    for before in ([], ["notes.txt"]):
+        (tmp_path / "run").mkdir()
+        for name in before:
+            (tmp_path / "run" / name).touch()
+        finished = in_process("train.py", *words)
+        assert finished.status == 2, finished.stderr
+        left = [path.name for path in tmp_path.rglob("*")]
+        assert sorted(left) == ([".lock", *before, "run", "train.log"] if before else [])
+
+
+def test_a_refused_run_leaves_the_files_of_one_that_has_the_lock(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / ".lock"
+    hold = f"import fcntl, signal; file = open({str(lock)!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print()"
+    other = start([sys.executable, "-c", f"{hold}; signal.pause()"])
+    other.stdout.readline()  # it has the lock
+    (tmp_path / "run" / "train.log").touch()
+    finished = in_process("train.py", *SMALL, f"output_root={tmp_path}", "name=run", "train.max_steps=1")
+    kill(other)
+    assert finished.status == 2, finished.stderr
+    assert "another run is writing to" in finished.stderr
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".lock", "train.log"]
 
 
 def test_a_process_ends_with_status_2_and_no_traceback(tmp_path: Path):

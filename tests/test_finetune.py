@@ -84,7 +84,11 @@ def test_other_weights_in_the_same_folder_are_another_run(tuned, images, tmp_pat
     finished = in_process(program, *arguments)
     assert finished.status == 2
     assert f"checkpoint was {saved}, is other.pth" in finished.stderr
-    assert "name=" in finished.stderr
+    assert "belongs to another run. Give this one another name=, or" in finished.stderr
+    other = in_process(program, *arguments, "model=rednet38")
+    assert other.status == 2, other.stderr
+    assert "resume=never. What differs: model.name was rednet26, is rednet38; checkpoint was " in other.stderr
+    assert "layer1" not in other.stderr
 
 
 def test_the_next_folder_is_another_run(tuned, images, weights, tmp_path):

@@ -147,7 +147,7 @@ def test_reset_classifier():
         ("rednet50", {"num_classes": -1}, "num_classes is -1"),
         ("rednet50", {"in_chans": 0}, "in_chans is 0"),
         ("rednet50", {"output_stride": 4}, "output_stride is 4; it should be 8, 16 or 32"),
-        ("rednet50", {"group_channels": 48}, "group_channels is 48, which does not divide channels = 32"),
+        ("rednet50", {"group_channels": 48}, "group_channels=48 does not divide the stem's 32 channels: take"),
     ],
 )
 def test_wrong_names_and_values_are_refused(name, options, message):

@@ -165,6 +165,20 @@ def test_failed_jobs_do_not_stop_the_rest_and_finished_ones_are_skipped(tmp_path
     assert f"{json.dumps(json.loads(finished.read_text()))}\n" in second.stdout
 
 
+def test_one_reason_of_all_jobs_is_said_once(tmp_path):
+    words = ["data=folder", f"data.root={tmp_path}/nope", "device=cpu", f"output_root={tmp_path}", "name=s"]
+    finished = in_process("train.py", "-m", *words, "seed=0,1,2")
+    assert finished.status == 1, finished.stderr
+    assert result(finished) == {"sweep_dir": str(tmp_path / "s"), "jobs": 3, "finished": 0, "failed": 3}
+    first, second, third, last = finished.stderr.strip().splitlines()
+    reason = first.partition(" failed: ")[2]
+    assert f"data folder '{tmp_path}/nope' does not exist" in reason
+    assert second.endswith("seed=1 failed: as a job before")
+    assert third.endswith("seed=2 failed: as a job before")
+    assert last == f"3 of 3 jobs failed, all of them: {reason}"
+    assert not list((tmp_path / "s").iterdir())
+
+
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
     command = [
@@ -197,8 +211,8 @@ def test_a_sweep_goes_on_after_a_signal_and_after_a_kill(tmp_path):
             "did you mean stem? Known: attention, group_channels, kernel_generation, kernel_size, stem\n",
         ),
         (["-m", "recipe=demo", "model.kernelsize=3,5"], "did you mean model.kernel_size?"),
-        (["-m", "recipe=demo", "model.kernel_size=3,4"], "kernel_size is 4; it should be odd"),
-        (["-m", "recipe=demo", "train.epochs=1,0"], "train.epochs=0 should be at least 1"),
+        (["-m", "recipe=demo", "model.kernel_size=3,4"], "model.kernel_size=4,recipe=demo: kernel_size is 4; it"),
+        (["-m", "recipe=demo", "train.epochs=1,0"], "recipe=demo,train.epochs=0: train.epochs=0 should be at least 1"),
         (["-m", "recipe=demo", "train.precision=fp32,fp8"], "fp32, bf16, fp16"),
         (["-m", "recipe=demo", "hydra/launcher=slurm", "seed=0,1"], "needs SLURM's sbatch"),
         (["-m", "recipe=demo", "hydra/launcher=slrm", "seed=0,1"], "did you mean slurm?"),

@@ -110,7 +110,10 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
     [
         (["checkpoint=nowhere.pt"], "there is no file nowhere.pt"),
         (["checkpoint=README.md"], "README.md cannot be read as weights"),
-        ([], "checkpoint is not set; give it as checkpoint=VALUE"),
+        ([], "checkpoint is not set; give it as checkpoint=PATH (a run's folder, a file, or rednet50)"),
+        (["checkpoint={run}", "model=rednet26"], "there is no key model; the checkpoint tells the model and how it"),
+        (["checkpoint={run}", "recipe=demo"], "there is no key recipe; the checkpoint tells the model and how it"),
+        (["checkpoint={run},{run}"], "a list is 'checkpoint=[{run},{run}]'"),
         (["checkpoint={run}", "data=folder", "data.root={run}"], "has no folder train; expected"),
         (["checkpoint={run}", "data=folder"], "set data.root"),
         (["checkpoint={run}", "data.val_sise=3"], "did you mean data.val_size?"),
@@ -119,7 +122,7 @@ def test_eval_takes_weights_alone_in_the_released_layout(run, tmp_path):
 def test_wrong_input_to_eval(run, arguments, message):
     finished = in_process("eval.py", *(argument.format(run=run) for argument in arguments))
     assert finished.status == 2, finished.stderr
-    assert message in finished.stderr
+    assert message.format(run=run) in finished.stderr
     assert "Traceback" not in finished.stderr
 
 

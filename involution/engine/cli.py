@@ -1,6 +1,7 @@
 """From the command line to an exit status: one readable message for whatever the user can mend."""
 
 import errno
+import fcntl
 import functools
 import gc
 import io
@@ -43,6 +44,7 @@ class _Leave(BaseException):
 
 def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None]:
     """What `hydra.main` calls. A job of a sweep says why it failed; a single run's errors go straight to `run`."""
+    said: set[str] = set()
 
     @functools.wraps(main)
     def quiet(config: DictConfig) -> str | None:
@@ -56,7 +58,9 @@ def job(main: Callable[[DictConfig], None]) -> Callable[[DictConfig], str | None
             if not in_sweep:
                 raise _Leave(error) from error
             _, message = _outcome(error)
-            log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, message)
+            why = "as a job before" if message in said else message
+            log.error("%s failed: %s", Path(HydraConfig.get().runtime.output_dir).name, why)
+            said.add(message)
             return message.strip().splitlines()[-1]
         finally:
             if in_sweep:  # the next job needs the memory, and compiles programs of its own
@@ -118,7 +122,13 @@ def _remove_unused_folder() -> None:
     """Hydra makes a run's folder before the run has anything to write; a run that never began leaves none."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     if folder != Path.cwd():
-        with suppress(OSError):  # something is in it
+        with suppress(OSError):  # something else is in it, or another run has the lock
+            found = {path.name for path in folder.iterdir()}
+            if {".lock"} <= found <= {".lock", "train.log"} and os.environ.get("RANK", "0") == "0":
+                with open(folder / ".lock", "a") as lock:
+                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for name in found:
+                        (folder / name).unlink()
             folder.rmdir()
 
 

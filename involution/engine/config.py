@@ -6,6 +6,7 @@ read or a GPU touched.
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -136,8 +137,15 @@ RANGES = {  # lowest and highest value; None: no limit
     "min_score": (0, 1),
     "seed": (0, 2**32 - 1),
 }
-# "" in conf/ where the command line has to tell
-TOLD = ("model.name", "optimizer.name", "name", "checkpoint", "output_root")
+# "" in conf/ where the command line has to tell, and what
+TOLD = {
+    "model.name": "NAME",
+    "optimizer.name": "NAME",
+    "name": "NAME",
+    "checkpoint": "PATH (a run's folder, a file, or rednet50)",
+    "output_root": "PATH",
+}
+KINDS = {"Integer": "a whole number", "Float": "a number", "bool": "true or false"}
 
 
 def validate(config: DictConfig, schema: type) -> Any:
@@ -157,11 +165,13 @@ def validate(config: DictConfig, schema: type) -> Any:
         said = str(error).splitlines()[0]
         if "is not a ListConfig" in said:
             said = "it should be a list, as in [0.5,0.5,0.5] or [64,64]"
+        if kind := re.match(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", said):
+            raise UserError(f"{key}={kind[1]} should be {KINDS.get(kind[2], kind[2])}") from error
         what = f"{key}: {said}" if key else said
         missing_key = "not in" in str(error)
         raise UserError(f"{what}{hint(known) or (_other_recipe(key) if missing_key else '')}") from error
     if missing:
-        raise UserError(f"{missing[0]} is not set; give it as {missing[0]}=VALUE")
+        raise UserError(f"{missing[0]} is not set; give it as {missing[0]}={TOLD.get(missing[0], 'VALUE')}")
     for key, allowed in CHOICES.items():
         value = OmegaConf.select(typed, key)
         if value is not None and value not in allowed:
@@ -169,9 +179,9 @@ def validate(config: DictConfig, schema: type) -> Any:
             raise UserError(f"{key}={value} should be one of {', '.join(map(str, allowed))}{hint(near)}")
     for key, (low, high) in RANGES.items():
         _check_range(key, OmegaConf.select(typed, key), low, high)
-    for key in TOLD:
+    for key, what in TOLD.items():
         if OmegaConf.select(typed, key) == "":
-            raise UserError(f"{key} is not set; give it as {key}={'NAME' if key.endswith('name') else 'PATH'}")
+            raise UserError(f"{key} is not set; give it as {key}={what}")
     name = PurePath(OmegaConf.select(typed, "name") or "")
     if name.is_absolute() or ".." in name.parts:
         raise UserError(f"name={name} should be the name of a folder inside output_root; set that for another place")
@@ -184,13 +194,15 @@ def _structured(schema: type, config: DictConfig) -> DictConfig:
     """The schema, whose `data` and `augmentation` in training are those of the model's task.
 
     Raises:
-        UserError: the data set is one for another task.
+        UserError: the data set is one for another task, or eval.py's.
     """
     from involution.engine.tasks import check_data  # it imports this file
 
     if schema is not TrainConfig:
         return OmegaConf.structured(schema)
-    task = check_data(OmegaConf.select(config, "model.name"), OmegaConf.select(config, "data.name"))
+    if (name := OmegaConf.select(config, "data.name")) is None:
+        raise UserError("data=as_trained is for eval.py; choose a data set to train on, as in data=imagenet")
+    task = check_data(OmegaConf.select(config, "model.name"), name)
     return OmegaConf.structured(TrainConfig(data=task.DATA(), augmentation=task.AUGMENTATION()))
 
 

@@ -16,6 +16,8 @@ from involution.engine.config import hint, nearest
 from involution.engine.help import leaves
 from involution.models import model_options
 
+OF_TRAINING = ("model", "recipe", "augmentation", "optimizer", "schedule", "ablation")  # groups that eval.py lacks
+
 
 def value(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value that it cannot make, with the usual reason."""
@@ -34,12 +36,18 @@ def composition(error: HydraException, config_dir: str, config_name: str) -> str
     text = str(error).strip()
     if isinstance(error, OverrideParseException):
         return arguments.explain(error.override, sys.argv[1:])
+    if sweep := re.match(r"Ambiguous value for argument '(.*)'", text):
+        name, _, values = sweep[1].partition("=")
+        several = f"several values are a sweep: python train.py -m {sweep[1]} ...; " if config_name == "train" else ""
+        return f"{sweep[1]}: {several}a list is '{name}=[{values}]', text with a comma '{name}=\"{values}\"'"
     if key := re.search(r"Could not override '([^']+)'", text):
         if key[1] == "data.train_size":
             return f"there is no key {key[1]}: a detector's sizes are model.min_size and model.max_size"
         near = hint(_nearest_key(key[1], config_dir, config_name))
         if key[1].startswith("model.backbone.") and key[1].rpartition(".")[2] in model_options("rednet50"):
             near = f"; an option that the backbone itself has wants a plus: +{key[1]}=VALUE"
+        if config_name == "eval" and key[1].partition(".")[0] in OF_TRAINING:
+            near = "; the checkpoint tells the model and how it was trained"
         return f"there is no key {key[1]}{near}"
     if option := re.search(
         r"Could not find '([^']+)'\s+Available options in '([^']+)':\s+(.*?)(?:\s+Config search path|$)",
@@ -47,7 +55,8 @@ def composition(error: HydraException, config_dir: str, config_name: str) -> str
         re.DOTALL,
     ):
         group, _, name = option[1].rpartition("/")
-        known = [known for known in option[3].split() if not known.startswith("_")]
+        hidden = "as_trained" if config_name == "train" else None
+        known = [known for known in option[3].split() if not known.startswith("_") and known != hidden]
         near = hint(nearest(name, known))
         others = f"; one of timm's would be model=timm model.name={name}" if group == "model" and not near else ""
         return f"{group}={name} is unknown{near or others + '.'} Known: {', '.join(known)}"

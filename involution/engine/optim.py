@@ -25,8 +25,6 @@ def parameter_groups(
         layer_decay: the learning rate of a layer is that of the next one times this (Clark et al., 2020): "lr_scale"
             in its groups. None: all have the same.
     """
-    if exclude_from_decay not in ("none", "norm_and_bias"):
-        raise ValueError(f"exclude_from_decay is {exclude_from_decay!r}; it should be 'none' or 'norm_and_bias'")
     depths = {} if layer_decay is None else layers(model)
     last = max(depths.values(), default=0)
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}

@@ -14,7 +14,6 @@ from omegaconf import DictConfig, open_dict
 
 from involution.engine.arguments import parse, quote
 from involution.engine.build import check_model
-from involution.engine.cli import user_input
 from involution.engine.config import TrainConfig, given, validate
 from involution.engine.errors import UserError
 from involution.engine.options import fit_batch_size
@@ -111,13 +110,16 @@ def _job(overrides: list[str], config: DictConfig, folder: Path, varied: Collect
     immaterial = set(PLACE) - set(varied)
     with open_dict(config):
         del config["hydra"]
-    checked: TrainConfig = validate(config, TrainConfig)
-    o, fixed = checked.train, "train.batch_size" in given(overrides)
-    o.batch_size = fit_batch_size(o.global_batch_size, o.batch_size, ranks, fixed)  # as the job itself will do
+    fixed = "train.batch_size" in given(overrides)
+    try:
+        checked: TrainConfig = validate(config, TrainConfig)
+        o = checked.train
+        o.batch_size = fit_batch_size(o.global_batch_size, o.batch_size, ranks, fixed)  # as the job itself will do
+        check_model(checked.model)
+    except ValueError as error:
+        raise UserError(f"{folder.name}: {error}") from error
     immaterial |= set() if fixed else {"train.batch_size"}
     immaterial -= {"data.root"} if checked.data.name.endswith("folder") else set()  # there it is the data set
-    with user_input():
-        check_model(checked.model)
     places = {"hydra.sweep.dir": folder.parent, "hydra.sweep.subdir": folder.name, "hydra.run.dir": folder}
     settings = [f"{key}={quote(str(place))}" for key, place in places.items()]
     return Job([*overrides, *settings], folder, asdict(checked), frozenset(immaterial))

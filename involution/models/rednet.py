@@ -23,7 +23,13 @@ class InvolutionStem(nn.Module):
         super().__init__()
         check_positive(in_chans=in_chans)
         check_odd(stem_kernel_size=kernel_size)
-        width = STAGE_WIDTHS[0] // 2
+        width, group = STAGE_WIDTHS[0] // 2, involution["group_channels"]
+        if group not in (None, *(divisors := [n for n in range(1, width + 1) if width % n == 0])):
+            raise ValueError(
+                f"group_channels={group} does not divide the stem's {width} channels: take one of "
+                f"{', '.join(map(str, divisors))}, None (null on the command line) for all of them, or "
+                f'{2 * width} with stem="convolution"'
+            )
         self.conv1 = nn.Conv2d(in_chans, width, 3, 2, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.act1 = nn.ReLU(inplace=True)
