@@ -181,9 +181,10 @@ def test_every_recipe_runs_on_any_usual_number_of_ranks(recipe):
             "data folder '/nowhere' does not exist; set data.root to the folder with",
         ),
         (["recipe=demo", "train.batch_size=48"], "Batch sizes that fit: "),
+        (["recipe=demo", "model.num_classes=5"], "the data set has 10 classes; leave it out, or give 10 or more"),
         (
             ["recipe=demo", "optimizer=adamw", "+optimizer.momentum=0.9"],
-            "another optimizer or from the command line: '~optimizer.momentum' there",
+            "the command line: leave it out, or add '~optimizer.momentum' to the command",
         ),
         (["recipe=demo", "optimizer=timm"], "optimizer.name is not set; give it as optimizer.name=NAME"),
         (["recipe=demo", "train.resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),

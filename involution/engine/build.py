@@ -217,7 +217,11 @@ def to_device(model: torch.nn.Module, device: torch.device, channels_last: bool)
 
 def _num_classes(configured: int | None, class_names: Sequence[str]) -> int:
     if configured is not None and configured < len(class_names):
-        raise UserError(f"model.num_classes={configured}, but the data set has {len(class_names)} classes")
+        count = len(class_names)
+        raise UserError(
+            f"model.num_classes={configured}, but the data set has {count} classes; "
+            f"leave it out, or give {count} or more"
+        )
     return configured or len(class_names)
 
 
@@ -226,7 +230,7 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
         return instantiate({**config, "_partial_": True, "_convert_": "all"})(groups)
     except (TypeError, ValueError, IndexError, InstantiationException) as error:
         option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        advice = f": '~optimizer.{option[1]}' there leaves it out" if option else ""
+        advice = f": leave it out, or add '~optimizer.{option[1]}' to the command" if option else ""
         raise UserError(
             f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from a recipe made for "
             f"another optimizer or from the command line{advice}"
