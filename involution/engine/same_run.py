@@ -5,10 +5,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from involution import create_model
 from involution.checks import few
 from involution.engine import augmentation
 from involution.engine.errors import UserError
 from involution.engine.tasks import DataSet
+from involution.models import without_weights
+from involution.weights import mismatch
 from involution.weights.run_file import State
 
 log = logging.getLogger("involution")
@@ -63,11 +68,13 @@ def check_same_run(state: State, now: dict[str, Any], data_set: DataSet) -> dict
         fatal["the list of classes"] = _listed(before, first), _listed(names, first)
     if fatal:
         listed = "; ".join(f"{key} was {a}, is {b}" for key, (a, b) in fatal.items())
+        with torch.device("meta"):
+            tensors = mismatch(create_model(**without_weights(now["model"])), state["model"], limit=2)
         raise UserError(
             "the checkpoint to resume belongs to another run. Give this one another name=, or start over in the same "
             "folder with train.resume=never"
             f"{'; to start from its weights: checkpoint=PATH' if now['train']['resume'] != 'auto' else ''}. "
-            f"What differs: {listed}"
+            f"What differs: {listed}{f' ({tensors})' if tensors else ''}"
         )
     for key, (a, b) in changed.items():
         log.warning("continuing with %s=%s, which was %s", key, b, a)

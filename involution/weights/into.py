@@ -32,8 +32,9 @@ def classifier_of(model: nn.Module) -> tuple[str, ...]:
     return tuple(f"{part}." for part in getattr(model, "classifiers", ("fc",)))
 
 
-def mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """The keys that a model and a state dict do not share, or that have another shape; empty when all fit."""
+def mismatch(model: nn.Module, weights: Mapping[str, Tensor], limit: int = 8) -> str:
+    """The keys that a model and a state dict do not share, or that have another shape, `limit` of each; empty when all
+    fit."""
     own = model.state_dict()
     problems = {
         "missing": [key for key in own if key not in weights],
@@ -44,7 +45,7 @@ def mismatch(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
             if key in weights and weights[key].shape != value.shape
         ],
     }
-    return "; ".join(f"{what}: {some(keys)}" for what, keys in problems.items() if keys)
+    return "; ".join(f"{what}: {some(keys, limit)}" for what, keys in problems.items() if keys)
 
 
 def some(keys: list[str], limit: int = 8) -> str:
