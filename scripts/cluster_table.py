@@ -23,9 +23,8 @@ SETUPS: tuple[tuple[int, int, int, float], ...] = (
 PHOTO = 110e3  # bytes
 ASSUMED = 1000  # images/s
 WHY = (
-    f"{ASSUMED} images/s a GPU ([predicted](benchmarks/gpu-kernels.md) for an H100 in bf16 at batch 128: "
-    "4830, where data and network bind four times earlier); put your own: `python scripts/benchmark.py model --only "
-    "training` | a"
+    f"{ASSUMED} images/s a GPU (an H100 makes [2654 to 3951](benchmarks/gpu.md)); put your own: "
+    "`python scripts/benchmark.py model --only training` | a"
 )
 TEXT = """\
 | made by `python scripts/cluster_table.py` | value | |

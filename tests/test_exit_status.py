@@ -23,6 +23,7 @@ from involution.engine.errors import UserError
             "CUDA out of memory. Take a smaller train.batch_size",
         ),
         (MemoryError("there is no memory left"), 2, "in eval.py a smaller batch_size"),
+        (MemoryError(), 2, "MemoryError. Take a smaller train.batch_size"),
         (OSError(errno.ENOSPC, "No space left on device", "a.pt"), 1, "make room and run again"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "make room and run again"),
         (PermissionError(errno.EACCES, "Permission denied", "runs/a"), 2, "runs/a: Permission denied"),

@@ -232,6 +232,6 @@ def build_optimizer(config: dict[str, Any], groups: list[dict[str, Any]]) -> tor
         option = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         advice = f": leave it out, or add '~optimizer.{option[1]}' to the command" if option else ""
         raise UserError(
-            f"optimizer {config['_target_']}: {str(error).splitlines()[0]}. The option comes from a recipe made for "
+            f"optimizer {config['_target_']}: {first_line(error)}. The option comes from a recipe made for "
             f"another optimizer or from the command line{advice}"
         ) from error

@@ -1,7 +1,6 @@
 """From the command line to an exit status: one readable message for whatever the user can mend."""
 
 import errno
-import fcntl
 import functools
 import gc
 import io
@@ -23,11 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import BadImageError, LostDataError
-from involution.checks import SizeError, strict_json
+from involution.checks import SizeError, first_line, strict_json
 from involution.engine import arguments, explain, help, signals
 from involution.engine.config import given
 from involution.engine.distributed import announce
 from involution.engine.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_USAGE, Preempted, Stopped, UserError
+from involution.engine.run import lock_file
 from involution.outage import is_outage
 
 log = logging.getLogger("involution")
@@ -126,9 +126,9 @@ def _remove_unused_folder() -> None:
             found = {path.name for path in folder.iterdir()}
             if {".lock"} <= found <= {".lock", "train.log"} and os.environ.get("RANK", "0") == "0":
                 with open(folder / ".lock", "a") as lock:
-                    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    for name in found:
-                        (folder / name).unlink()
+                    if lock_file(lock) is None:
+                        for name in found:
+                            (folder / name).unlink()
             folder.rmdir()
 
 
@@ -180,8 +180,8 @@ def _outcome(error: Exception) -> tuple[int, str]:
         return EXIT_ERROR, f"{error}: make room and run again"
     if _memory_is_full(error):
         return EXIT_USAGE, (
-            f"{str(error).splitlines()[0]} Take a smaller train.batch_size (the global batch stays, for gradients are "
-            "accumulated; BatchNorm sees fewer images), or train.precision=bf16; in eval.py a smaller batch_size"
+            f"{first_line(error).rstrip('.')}. Take a smaller train.batch_size (the global batch stays, for gradients "
+            "are accumulated; BatchNorm sees fewer images), or train.precision=bf16; in eval.py a smaller batch_size"
         )
     if isinstance(error, OSError) and error.errno in UNUSABLE and error.filename is not None:
         return EXIT_USAGE, f"{error.filename}: {error.strerror}"

@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.decode import MAX_PIXELS
+from involution.checks import first_line
 from involution.engine import augmentation, resolvers  # noqa: F401 - what ${...:...} in YAML means
 from involution.engine.errors import UserError
 from involution.engine.options import TrainOptions
@@ -162,7 +163,7 @@ def validate(config: DictConfig, schema: type) -> Any:
         key = error.full_key or error.key or ""
         known = [] if error.key is None else nearest(str(error.key), list(error.parent_node or []))
         known = [name for name in known if name != str(error.key)]  # there the value is wrong
-        said = str(error).splitlines()[0]
+        said = first_line(error)
         if "is not a ListConfig" in said:
             said = "it should be a list, as in [0.5,0.5,0.5] or [64,64]"
         if kind := re.match(r"Value '(.*)' (?:of type '\w+' could not be converted to|is not a valid) (\w+)", said):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from involution.checks import first_line
 from involution.engine.errors import UserError
 
 log = logging.getLogger("involution")
@@ -55,7 +56,7 @@ def _unusable_gpu() -> str:
             warnings.simplefilter("ignore")
             torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # a driver too old for these wheels, or a torch without CUDA
-        return f"there is an NVIDIA GPU here, but torch cannot use it: {str(error).strip().splitlines()[0]}"
+        return f"there is an NVIDIA GPU here, but torch cannot use it: {first_line(error)}"
     return "there is an NVIDIA driver here, but no GPU that torch may use (CUDA_VISIBLE_DEVICES?)"
 
 

@@ -11,6 +11,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from involution.checks import first_line
 from involution.engine import arguments
 from involution.engine.config import hint, nearest
 from involution.engine.help import leaves
@@ -21,7 +22,7 @@ OF_TRAINING = ("model", "recipe", "augmentation", "optimizer", "schedule", "abla
 
 def value(error: OmegaConfBaseException) -> str:
     """What OmegaConf says of a value that it cannot make, with the usual reason."""
-    text = str(error).splitlines()[0]
+    text = first_line(error)
     if "model.backbone" in text:
         names = [argument[6:] for argument in sys.argv[1:] if argument.startswith("model=")] or ["rednet50"]
         text += (

@@ -81,7 +81,7 @@ def evaluate_each(config: EvalConfig, overrides: list[str], world: World) -> Ite
     if config.results is not None:
         output_file("results", config.results, ".csv")
     with user_input():
-        for checkpoint in checkpoints:
+        for checkpoint in checkpoints[1:]:
             fetch(checkpoint)  # one that is not there is said before another is evaluated
     for checkpoint in checkpoints:
         one = dataclasses.replace(config, checkpoint=checkpoint)

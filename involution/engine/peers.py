@@ -13,6 +13,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
+from involution.checks import first_line
+
 log = logging.getLogger("involution")
 INTERVAL = 1.0  # seconds between two looks at the store
 FAILURE = "failure"  # key: the first rank that fails writes what happened there
@@ -76,7 +78,7 @@ class Peers:
                 # rank 0 (or torchrun), which keeps the store, is gone; at the end of a program that is no failure
                 if self._done.wait(5):
                     return
-                self._leave(1, f"lost the connection to rank 0: {str(error).splitlines()[0]}")
+                self._leave(1, f"lost the connection to rank 0: {first_line(error)}")
 
     def _beat(self) -> float:
         """Tell that this rank lives, and how far it is; the seconds since it got that far."""

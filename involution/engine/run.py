@@ -71,7 +71,7 @@ class RunFolder:
         lock = open(self.path / ".lock", "a+")  # noqa: SIM115 (open as long as the run)
         # a server of NFS holds a dead node's lock for some time, in which SLURM starts the job on another
         patience = time.monotonic() + (PATIENCE if started_again() else 0)
-        while (problem := _lock(lock)) is not None:
+        while (problem := lock_file(lock)) is not None:
             if isinstance(problem, BlockingIOError | PermissionError):
                 if time.monotonic() < patience:
                     time.sleep(1)
@@ -133,7 +133,7 @@ class RunFolder:
         (self.path / "summary.json").write_text(strict_json(summary, indent=2) + "\n")
 
 
-def _lock(file: IO[str]) -> OSError | None:
+def lock_file(file: IO[str]) -> OSError | None:
     """Take the lock of a file; what is in the way, or None."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from involution import conversion
-from involution.checks import SizeError, unknown_name
+from involution.checks import SizeError, first_line, unknown_name
 from involution.complexity import run_on_meta
 
 OPTIONS = ("in_chans", "options", "convert")  # of ``create_model`` for these models
@@ -214,7 +214,7 @@ def check_sizes(model: nn.Module, arguments: Mapping[str, Any], sizes: Iterable[
             except Exception:
                 return
             raise SizeError(
-                f"{arguments['name']} does not take pictures of {size} pixels a side ({str(error).splitlines()[0]}); "
+                f"{arguments['name']} does not take pictures of {size} pixels a side ({first_line(error)}); "
                 f"its own size is {own}: data.train_size={own} data.val_size={own}, or where the model has the option, "
                 f"model.options={{img_size: {size}}}"
             ) from error
