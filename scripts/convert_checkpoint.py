@@ -30,12 +30,12 @@ def convert(source: Path, target: Path, to: str = "ours") -> str:
     weights = open_weights(source)
     options = without_weights(weights.describe())
     name = options.pop("name")
-    state = tensors_for(name, weights)
     involved = name in DENSE or (name.startswith("rednet") and options.get("stem", "involution") == "involution")
     if to == "released" and not involved:
         raise ValueError(f"{source} is a {name} that was never released: only RedNets with the involution stem were")
     with torch.device("meta"):
         model = create_model(name, **options)
+    state = tensors_for(model, name, weights)
     load_into(model, {key: value.to("meta") for key, value in state.items()})
     rename = dense.to_released if name in DENSE else to_released
     converted = rename(state) if to == "released" else state

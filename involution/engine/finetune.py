@@ -32,11 +32,7 @@ def start_from(
     log.info("starting from the weights of %s", checkpoint)
     weights: dict[str, Tensor] = {}
     try:
-        weights = (
-            from_timm.translated(model, opened.tensors)
-            if "library" in arguments
-            else tensors_for(arguments["name"], opened)
-        )
+        weights = tensors_for(model, arguments["name"], opened, arguments.get("library"))
         own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
         as_many = all(key in weights and weights[key].shape == value.shape for key, value in own.items())
         other_classes = as_many and names is not None and list(names) != list(class_names)

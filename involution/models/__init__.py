@@ -113,7 +113,7 @@ def model_of(weights: Weights) -> tuple[StagedNetwork, dict[str, Any]]:
 def fill(model: nn.Module, name: str, weights: Weights, library: str | None = None) -> None:
     """Load weights into a model made by ``create_model`` with this name and library; errors as in ``load_into``, with
     the options in which they differ."""
-    tensors = from_timm.translated(model, weights.tensors) if library else tensors_for(name, weights)
+    tensors = tensors_for(model, name, weights, library)
     try:
         load_into(model, tensors)
     except ValueError as error:
@@ -122,8 +122,10 @@ def fill(model: nn.Module, name: str, weights: Weights, library: str | None = No
         raise ValueError(f"{error}. They were trained with {told}" if told else str(error)) from error
 
 
-def tensors_for(name: str, weights: Weights) -> dict[str, Tensor]:
-    """Weights under the names of the model ``name``: of a detector's file a detector takes all, others the backbone."""
+def tensors_for(model: nn.Module, name: str, weights: Weights, library: str | None = None) -> dict[str, Tensor]:
+    """Weights under the names of such a model: of a detector's file a detector takes all, others the backbone."""
+    if library:
+        return from_timm.translated(model, weights.tensors)
     return dense_names.to_ours(weights.tensors) if name in DENSE else weights.to_ours()
 
 
